@@ -1,0 +1,30 @@
+"""Fingerprint of a checkpoint: two instances with equal fingerprints hold the same model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
+_HEAD_BYTES = 1 << 16
+
+
+def model_fingerprint(model: str) -> str:
+    """16 hex digits over a checkpoint: its `config.json` and the name, size and head of each weight file.
+
+    The first 64 KiB of a safetensors file hold its table of tensors. A hub name that is no directory counts
+    as itself.
+    """
+    digest = hashlib.sha256()
+    directory = Path(model)
+    if not directory.is_dir():
+        digest.update(model.encode())
+        return digest.hexdigest()[:16]
+    config = directory / "config.json"
+    if config.is_file():
+        digest.update(config.read_bytes())
+    for path in sorted(p for p in directory.iterdir() if p.suffix in _WEIGHTS):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as weights:
+            digest.update(weights.read(_HEAD_BYTES))
+    return digest.hexdigest()[:16]

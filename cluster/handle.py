@@ -1,0 +1,56 @@
+"""KvHandle: what one instance hands over so that another can read a request's KV blocks.
+
+On the wire it is vLLM's `kv_transfer_params` dict (NIXL pull connector, vLLM 0.32); this module and
+`kv_transfer` are the only ones that know its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvHandle:
+    """Blocks of one finished prefill, kept under a lease until they are read or released.
+
+    Attributes:
+        request_id: id under which the source engine keeps the blocks.
+        tokens: tokens whose KV the blocks hold.
+        params: the dict the reading engine needs.
+    """
+
+    request_id: str
+    tokens: int
+    params: Mapping[str, Any]
+
+
+def keep_for_reader() -> dict[str, Any]:
+    """`kv_transfer_params` that tell an engine to keep the finished request's blocks for a reader."""
+    return {
+        "do_remote_decode": True,
+        "do_remote_prefill": False,
+        "remote_engine_id": None,
+        "remote_block_ids": None,
+        "remote_host": None,
+        "remote_port": None,
+    }
+
+
+def handle_of(params: Mapping[str, Any] | None) -> KvHandle | None:
+    """The handle in a finished request's `kv_transfer_params`; None when nothing is kept for a reader."""
+    if not params or not params.get("do_remote_prefill") or not params.get("remote_block_ids"):
+        return None
+    return KvHandle(
+        request_id=params["remote_request_id"], tokens=int(params["remote_num_tokens"]), params=params
+    )
+
+
+def readable_tokens(remote_tokens: int, prompt_tokens: int) -> int:
+    """Tokens of KV to read for a prompt: all but its last token, which the reader computes to get logits.
+
+    vLLM's stock connector asks for the whole prompt; after a hand-off with a first token that is one token
+    more than the source holds, and an assertion at block boundaries.
+    """
+    return min(remote_tokens, prompt_tokens - 1)

@@ -1,0 +1,105 @@
+"""An instance: one engine replica of one role. Values only; nothing here does anything."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Role(StrEnum):
+    """Which phase an instance serves. A matter of routing: the engines are equal."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class InstanceState(StrEnum):
+    """STARTING -> READY -> DRAINING -> GONE; only READY instances are given requests."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What must be equal in a cluster for its instances to read each other's KV and messages.
+
+    Attributes:
+        engine: engine name and version, for example `vllm 0.32.0`.
+        model: hash over the checkpoint's config and weight files.
+        dtype: element type of weights and activations.
+        kv_dtype: element type of the KV cache.
+        block_size_tokens: tokens in a KV block.
+    """
+
+    engine: str
+    model: str
+    dtype: str
+    kv_dtype: str
+    block_size_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What a started engine says of itself.
+
+    Attributes:
+        max_model_len: longest prompt plus output, in tokens.
+        kv_capacity_tokens: tokens that fit into the KV cache.
+        kv_bytes_per_token: bytes of KV cache a token takes over all layers and ranks.
+        max_num_seqs: requests in a batch.
+        tensor_parallel_size, pipeline_parallel_size: ranks.
+    """
+
+    fingerprint: Fingerprint
+    max_model_len: int
+    kv_capacity_tokens: int
+    kv_bytes_per_token: int
+    max_num_seqs: int
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceInfo:
+    """One life of an instance, as the registry and every ingress know it.
+
+    Attributes:
+        instance_id: stable name of the place in the spec, for example `decode-0`; survives restarts.
+        incarnation: unique name of this life; a restarted instance has another.
+        engine_index: position of the instance in the spec, the `engine` label of vLLM's metrics.
+        address: ZeroMQ endpoint of its data path, empty before it is READY.
+        detail: what it is doing while STARTING, or why it is GONE.
+    """
+
+    instance_id: str
+    role: Role
+    engine_index: int
+    incarnation: str = ""
+    state: InstanceState = InstanceState.STARTING
+    address: str = ""
+    node: str = ""
+    pid: int = 0
+    facts: EngineFacts | None = None
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceLoad:
+    """What an instance reports of its own load with every batch of outputs.
+
+    Attributes:
+        running, waiting: requests in the engine.
+        kv_usage: share of the KV cache in use, 0 to 1.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0

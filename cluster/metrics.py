@@ -1,0 +1,51 @@
+"""The metrics table: every metric of ours, once. Engine metrics are vLLM's own, under vLLM's names."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_STAGE_BUCKETS_S = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+
+
+class IngressMetrics:
+    """What an ingress counts. Pass a registry of its own where several live in one process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "pdserve_requests", "Requests that ended, by outcome", ["outcome"], registry=registry
+        )
+        self.retries = Counter(
+            "pdserve_request_moves",
+            "Requests moved to other instances after a failure",
+            ["cause", "stage"],
+            registry=registry,
+        )
+        self.instances = Gauge(
+            "pdserve_instances", "Instances this ingress reaches", ["role", "state"], registry=registry
+        )
+        self.kv_tokens_moved = Counter(
+            "pdserve_kv_tokens_moved",
+            "KV tokens a decode instance read from a prefill instance",
+            registry=registry,
+        )
+        self.kv_bytes_moved = Counter(
+            "pdserve_kv_bytes_moved", "Bytes of those tokens over all layers", registry=registry
+        )
+        self.kv_tokens_recomputed = Counter(
+            "pdserve_kv_tokens_recomputed",
+            "KV tokens a decode instance computed although a prefill instance had them ready",
+            registry=registry,
+        )
+        self.kv_released = Counter(
+            "pdserve_kv_handles_released",
+            "Handles released because nobody would read them",
+            registry=registry,
+        )
+        self.transfer_seconds = Histogram(
+            "pdserve_transfer_seconds",
+            "From the hand-over to the first token of the decode instance",
+            buckets=_STAGE_BUCKETS_S,
+            registry=registry,
+        )

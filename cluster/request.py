@@ -1,0 +1,87 @@
+"""A request as router and workers see it, free of any engine's types."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    """Where a request is; one state machine (`router.run`) owns the changes."""
+
+    ADMIT = "admit"
+    PREFILL = "prefill"
+    TRANSFER = "transfer"
+    DECODE = "decode"
+    DONE = "done"
+
+
+class Handoff(StrEnum):
+    """How much of a request's sampling may change engines.
+
+    TOKENS: nothing but the tokens matters for what comes next, so a token of one engine is a prompt token
+        of the next.
+    KV_ONLY: the sampler keeps a state over the output (seeded generator, penalties, grammar, bad words):
+        KV is handed over, but every output token must come from one engine's sampler.
+    NOTHING: the request must stay on one engine.
+    """
+
+    TOKENS = "tokens"
+    KV_ONLY = "kv_only"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Service-level objective of a request, in seconds; TPOT averages over the tokens after the first.
+
+    Infinite is no bound.
+    """
+
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+
+
+NO_SLO = Slo()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeRequest:
+    """What the router needs to know of a request.
+
+    Attributes:
+        request_id: unique in the ingress for the life of the request.
+        prompt_token_ids: the prompt.
+        max_tokens: output tokens at most, at least 1.
+        handoff: what may change engines. Unless it is TOKENS, the request is deterministic (greedy, or with
+            a seed), so that running it again on another engine gives the tokens the client already has.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_tokens: int
+    handoff: Handoff = Handoff.TOKENS
+    slo: Slo = NO_SLO
+
+
+@dataclass(slots=True, kw_only=True)
+class Timeline:
+    """Loop times in seconds at which a request reached its stages; None where it never did."""
+
+    arrived_s: float
+    prefill_sent_s: float | None = None
+    first_token_s: float | None = None
+    decode_sent_s: float | None = None
+    decode_first_s: float | None = None
+    done_s: float | None = None
+
+    def ttft_s(self) -> float | None:
+        """Time to first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrived_s
+
+    def tpot_s(self, output_tokens: int) -> float | None:
+        """Time per output token after the first; None for fewer than two tokens."""
+        if self.first_token_s is None or self.done_s is None or output_tokens < 2:
+            return None
+        return (self.done_s - self.first_token_s) / (output_tokens - 1)

@@ -1,0 +1,233 @@
+"""The spec: one YAML file that says what a cluster is. Read once, frozen, checked at the edge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from cluster.errors import SpecError
+from cluster.instance import Role
+
+EngineOptions = dict[str, Any]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PoolSpec(_Frozen):
+    """One pool: `count` equal instances of a role.
+
+    Attributes:
+        count: instances at start.
+        tensor_parallel_size, pipeline_parallel_size: ranks of each instance; on GPUs it takes their product
+            in GPUs, all on one node.
+        cpus: CPU cores Ray reserves for an instance; on a CPU cluster each rank is bound to one core.
+        attention_backend: vLLM's name of the attention kernels; default on GPUs: FLASHINFER for decode,
+            vLLM's choice for prefill.
+        engine_options: any vLLM engine option, over the spec's common ones.
+        env: environment variables of the instance's processes.
+    """
+
+    count: PositiveInt = 1
+    tensor_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: PositiveInt = 1
+    cpus: float = Field(default=1.0, gt=0)
+    attention_backend: str | None = None
+    engine_options: EngineOptions = Field(default_factory=dict)
+    env: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        """Processes of an instance that hold a part of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+class IngressSpec(_Frozen):
+    """The OpenAI front end.
+
+    Attributes:
+        replicas: processes; each speaks to every instance.
+        host, port: where HAProxy listens.
+        server_options: any option of vLLM's OpenAI server, for example `tool_call_parser: hermes`.
+    """
+
+    replicas: PositiveInt = 1
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    cpus: float = Field(default=1.0, ge=0)
+    server_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class DeadlineSpec(_Frozen):
+    """How long a stage may go without progress before the request is moved or ended, in seconds.
+
+    Attributes:
+        prefill_s: from sending the prompt to its first token.
+        transfer_s: from the hand-over to the first token of the decode instance.
+        stall_s: between two output tokens of a running decode.
+        attempts: engines tried in all before the request ends with the last error.
+        startup_s: for an instance to become READY.
+        drain_s: for running requests to end when the cluster goes down.
+    """
+
+    prefill_s: PositiveFloat = 120.0
+    transfer_s: PositiveFloat = 30.0
+    stall_s: PositiveFloat = 60.0
+    attempts: PositiveInt = 3
+    startup_s: PositiveFloat = 900.0
+    drain_s: PositiveFloat = 30.0
+
+
+class TransferSpec(_Frozen):
+    """How KV moves.
+
+    Attributes:
+        lease_s: how long a prefill instance keeps blocks that nobody asks for; the transfer renews it.
+        ucx_tls: UCX transports, as in UCX_TLS; default: UCX's own choice on GPUs, shared memory on CPUs.
+    """
+
+    lease_s: int = Field(default=30, ge=6)
+    ucx_tls: str | None = None
+
+
+class SimEngineSpec(_Frozen):
+    """The twin engine's speed: what an iteration costs, in seconds."""
+
+    prefill_s_per_token: float = Field(default=0.0, ge=0)
+    step_s: float = Field(default=0.0, ge=0)
+    block_size: PositiveInt = 16
+    kv_capacity_tokens: PositiveInt = 1_000_000
+    max_model_len: PositiveInt = 32_768
+
+
+class ClusterSpec(_Frozen):
+    """A cluster.
+
+    Attributes:
+        model: local checkpoint directory, or a name on the model hub.
+        served_model_name: name in the API; default: `model`.
+        device: `gpu` or `cpu`.
+        engine: `vllm`, or `sim` for the twin.
+        engine_process: `own` runs each engine in a process of its own (production); `thread` runs it inside
+            the actor and is ready three times as fast (one rank only).
+        engine_options: any vLLM engine option, for both pools and the ingress.
+    """
+
+    name: str = Field(default="pdserve", pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
+    model: str
+    served_model_name: str | None = None
+    device: Literal["gpu", "cpu"] = "gpu"
+    engine: Literal["vllm", "sim"] = "vllm"
+    engine_process: Literal["own", "thread"] = "own"
+    engine_options: EngineOptions = Field(default_factory=dict)
+    seed: int = 0
+    prefill: PoolSpec = Field(default_factory=PoolSpec)
+    decode: PoolSpec = Field(default_factory=PoolSpec)
+    ingress: IngressSpec = Field(default_factory=IngressSpec)
+    deadlines: DeadlineSpec = Field(default_factory=DeadlineSpec)
+    transfer: TransferSpec = Field(default_factory=TransferSpec)
+    sim: SimEngineSpec = Field(default_factory=SimEngineSpec)
+    policy: str = "least_tokens"
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterSpec:
+        for role in Role:
+            pool = self.pool(role)
+            if self.engine_process == "thread" and pool.ranks > 1:
+                raise ValueError(f"engine_process 'thread' runs one rank; {role} has {pool.ranks}: use 'own'")
+            for option in _OURS:
+                if option in pool.engine_options:
+                    raise ValueError(f"{role}.engine_options.{option} is set by pdserve: {_OURS[option]}")
+        for option in _OURS:
+            if option in self.engine_options:
+                raise ValueError(f"engine_options.{option} is set by pdserve: {_OURS[option]}")
+        return self
+
+    @property
+    def api_model_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or self.model
+
+    def pool(self, role: Role) -> PoolSpec:
+        return self.prefill if role is Role.PREFILL else self.decode
+
+    def places(self) -> list[tuple[str, Role]]:
+        """Instance ids in the order of their engine index."""
+        return [(f"{role}-{n}", role) for role in Role for n in range(self.pool(role).count)]
+
+
+_OURS = {
+    "model": "use the top-level 'model'",
+    "served_model_name": "use the top-level 'served_model_name'",
+    "kv_transfer_config": "see 'transfer'",
+    "tensor_parallel_size": "use 'tensor_parallel_size' of the pool",
+    "pipeline_parallel_size": "use 'pipeline_parallel_size' of the pool",
+    "distributed_executor_backend": "it follows from 'engine_process'",
+}
+
+
+def load_spec(path: Path | str, overrides: dict[str, Any] | None = None) -> ClusterSpec:
+    """Read a spec file.
+
+    Args:
+        path: YAML file.
+        overrides: top-level keys that replace the file's, from the command line.
+
+    Raises:
+        SpecError: no such file, no YAML, or a key or value that is not allowed; names file, path and value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpecError(
+            file=str(path), path="", value=error.strerror or "unreadable", allowed="name a readable YAML file"
+        ) from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(file=str(path), path="", value=str(error), allowed="the file must be YAML") from error
+    if not isinstance(raw, dict):
+        raise SpecError(file=str(path), path="", value=raw, allowed="the file must be a mapping of keys")
+    return parse_spec({**raw, **(overrides or {})}, file=str(path))
+
+
+def parse_spec(raw: dict[str, Any], *, file: str = "(spec)") -> ClusterSpec:
+    """Check a spec that is already a dict; raises SpecError for the first problem."""
+    try:
+        return ClusterSpec.model_validate(raw)
+    except ValidationError as error:
+        raise _spec_error(error, file) from None
+
+
+def _spec_error(error: ValidationError, file: str) -> SpecError:
+    first = error.errors()[0]
+    allowed = str(first["msg"]).removeprefix("Value error, ")
+    location = list(first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = f"no such key; the keys here are {', '.join(sorted(_keys_at(location[:-1])))}"
+    value = "(missing)" if first["type"] == "missing" else first["input"]
+    if isinstance(value, dict) and not location:
+        value = value.get("name", "spec")
+    return SpecError(file=file, path=".".join(str(part) for part in location), value=value, allowed=allowed)
+
+
+def _keys_at(location: list[int | str]) -> list[str]:
+    model: type[BaseModel] = ClusterSpec
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,69 @@
+"""What hosting an engine asks of it: vLLM's core in its own process or in a thread, or the twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from cluster.errors import ServingError
+from cluster.instance import EngineFacts
+from cluster.wire import Load
+
+Frames = Sequence[Any]
+
+
+class EngineDied(ServingError):
+    """The engine of this instance is no more; the instance ends with it. Facts: `detail`."""
+
+    retryable = True
+    http_status = 503
+    reason = "engine-died"
+
+    detail: str
+
+    def __init__(self, *, detail: str) -> None:
+        super().__init__(detail=detail)
+
+    def describe(self) -> str:
+        return f"the engine died: {self.detail}"
+
+
+class Engine(Protocol):
+    """One engine. Requests and outputs are the engine's own types; the host only reads the output's
+    `request_id` and moves the rest."""
+
+    async def start(self, progress: Callable[[str], None]) -> EngineFacts:
+        """Load the model and be ready; `progress` is told each phase."""
+        ...
+
+    def add(self, frames: Frames) -> str:
+        """Decode and accept a request; returns its id. Raises ValueError for one that can't be decoded."""
+        ...
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Stop these requests and free their blocks; unknown ids are no error."""
+        ...
+
+    def release(self, request_ids: list[str]) -> None:
+        """Free the blocks kept for a reader that will not come; unknown ids are no error."""
+        ...
+
+    async def call(self, method: str, args: list[Any]) -> Any:
+        """Call an engine method that is no request."""
+        ...
+
+    async def outputs(self) -> Any:
+        """The next step's outputs. Raises EngineDied."""
+        ...
+
+    def load(self) -> Load:
+        """Load after the last step."""
+        ...
+
+    def part(self, outputs: Any, members: list[Any], *, with_stats: bool) -> Frames:
+        """Encode a step's outputs reduced to `members`; the step's statistics go to one ingress only."""
+        ...
+
+    async def stop(self) -> None:
+        """End the engine and free what it holds."""
+        ...

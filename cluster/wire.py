@@ -1,0 +1,128 @@
+"""Messages between ingress and instance.
+
+Every message is a ZeroMQ multipart: one byte that says what it is, a msgpack header, and for requests and
+outputs the engine's own encoding. There is one output message per engine step and ingress, not one per token.
+
+`TokenRequest`, `TokenOutput` and `StepOutputs` are positional prefixes of vLLM 0.32's `EngineCoreRequest`,
+`EngineCoreOutput` and `EngineCoreOutputs` (msgspec `array_like` structs), for code that must not import vLLM:
+the twin engine speaks them, and what it sends decodes as vLLM's types. A test holds both to each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+WIRE_VERSION: Final = 1
+
+# ingress -> instance
+HELLO: Final = b"H"  # header Hello
+ADD: Final = b"A"  # then the encoded request
+ABORT: Final = b"X"  # header list[str]: request ids
+RELEASE: Final = b"R"  # header list[str]: request ids whose blocks nobody will read
+CALL: Final = b"U"  # header Call
+BYE: Final = b"B"  # the ingress leaves: abort all it has here
+# instance -> ingress
+WELCOME: Final = b"W"  # header Welcome
+REFUSED: Final = b"E"  # header str: why
+OUTPUTS: Final = b"O"  # header Load, then the encoded outputs
+RESULT: Final = b"V"  # header CallResult
+FATAL: Final = b"F"  # header str: the engine died of this
+
+# Key of `kv_transfer_params` in a request that only tells an engine's connector to release these request ids.
+RELEASE_PARAM: Final = "pdserve_release"
+
+FINISH_STOP: Final = 0
+FINISH_LENGTH: Final = 1
+FINISH_ABORT: Final = 2
+FINISH_ERROR: Final = 3
+
+
+class Hello(msgspec.Struct, array_like=True):
+    """First message of an ingress."""
+
+    wire_version: int
+    engine: str
+    ingress: str
+
+
+class Welcome(msgspec.Struct, array_like=True):
+    """The instance's answer: which life of which place this is."""
+
+    instance: str
+    incarnation: str
+
+
+class Load(msgspec.Struct, array_like=True):
+    """See `cluster.instance.InstanceLoad`."""
+
+    running: int
+    waiting: int
+    kv_usage: float
+
+
+class Call(msgspec.Struct, array_like=True):
+    """A call of an engine method that is no request: LoRA, cache reset, ..."""
+
+    call_id: int
+    method: str
+    args: list[Any]
+
+
+class CallResult(msgspec.Struct, array_like=True):
+    """The answer; `error` is empty on success."""
+
+    call_id: int
+    error: str
+    result: Any = None
+
+
+class TokenRequest(msgspec.Struct, array_like=True, omit_defaults=True):
+    """Prefix of vLLM's EngineCoreRequest; `sampling_params` is a map with vLLM's field names."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    mm_features: Any = None
+    sampling_params: Any = None
+
+
+class PrefillCounts(msgspec.Struct, omit_defaults=True):
+    """Where the prompt's KV came from; part of vLLM's PrefillStats."""
+
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_local_cached_tokens: int = 0
+    num_external_cached_tokens: int = 0
+
+
+class TokenOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """Prefix of vLLM's EngineCoreOutput."""
+
+    request_id: str
+    new_token_ids: list[int]
+    new_logprobs: Any = None
+    new_prompt_logprobs_tensors: Any = None
+    pooling_output: Any = None
+    finish_reason: int | None = None
+    stop_reason: int | str | None = None
+    events: Any = None
+    kv_transfer_params: dict[str, Any] | None = None
+    ec_transfer_params: dict[str, Any] | None = None
+    trace_headers: Any = None
+    prefill_stats: PrefillCounts | None = None
+
+
+class StepOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """Prefix of vLLM's EngineCoreOutputs."""
+
+    engine_index: int = 0
+    outputs: list[TokenOutput] = []
+    scheduler_stats: Any = None
+    timestamp: float = 0.0
+
+
+def pack(message: Any) -> bytes:
+    """Encode a header."""
+    return msgspec.msgpack.encode(message)

@@ -1,0 +1,150 @@
+"""Worker: the heart of a worker actor, free of Ray. Starts an engine, opens its data path, drains, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.engine import Engine, EngineDied
+from cluster.instance import EngineFacts, InstanceState, Role
+from cluster.spec import ClusterSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What a started worker registers with."""
+
+    address: str
+    node: str
+    pid: int
+    facts: EngineFacts
+
+
+class Worker:
+    """One life of one instance."""
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        role: Role,
+        *,
+        instance_id: str,
+        incarnation: str,
+        host: str,
+        cores: str,
+        phase_options: dict[str, Any],
+        on_phase: Callable[[str], object],
+    ) -> None:
+        self._spec = spec
+        self._role = role
+        self._instance_id = instance_id
+        self._incarnation = incarnation
+        self._host = host
+        self._cores = cores
+        self._phase_options = phase_options
+        self._on_phase = on_phase
+        self._engine: Engine | None = None
+        self._hosting: Any = None
+        self._ended = asyncio.Event()
+        self.state = InstanceState.STARTING
+        self.phase = "starting"
+
+    async def start(self) -> Ready:
+        """Load the engine and open the data path.
+
+        Raises:
+            SpecError, EnvironmentProblem: the engine can't run as the spec says.
+        """
+        engine, name = await asyncio.to_thread(self._make_engine)
+        self._engine = engine
+        facts = await engine.start(self._note)
+        from cluster.host_zmq import EngineHost
+
+        self._hosting = EngineHost(
+            engine, engine_name=name, instance_id=self._instance_id, incarnation=self._incarnation
+        )
+        address = await self._hosting.bind(self._host)
+        self.state = InstanceState.READY
+        return Ready(address=address, node=socket.gethostname(), pid=os.getpid(), facts=facts)
+
+    async def run(self) -> str:
+        """Serve until drained or until the engine dies; returns how it ended."""
+        serving = asyncio.create_task(self._hosting.serve())
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+            return "drained"
+        except EngineDied as died:
+            return str(died)
+        finally:
+            serving.cancel()
+            ended.cancel()
+            await self._stop()
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Let the running requests end, then stop; False when the deadline cut some off."""
+        self.state = InstanceState.DRAINING
+        clean = bool(await self._hosting.drained(deadline_s)) if self._hosting is not None else True
+        self._ended.set()
+        return clean
+
+    def status(self) -> dict[str, Any]:
+        """What it is doing, for people."""
+        hosting = self._hosting
+        return {
+            "state": self.state.value,
+            "phase": self.phase,
+            "requests": hosting.requests if hosting else 0,
+            "steps": hosting.steps if hosting else 0,
+            "ingresses": hosting.ingresses if hosting else [],
+        }
+
+    def _note(self, phase: str) -> None:
+        self.phase = phase
+        self._on_phase(phase)
+        logger.info("%s: %s", self._instance_id, phase)
+
+    def _make_engine(self) -> tuple[Engine, str]:
+        if self._spec.engine == "sim":
+            from cluster.sim_engine import SIM_ENGINE_NAME, SimEngine
+
+            return SimEngine(self._spec), SIM_ENGINE_NAME
+        from cluster.vllm_options import engine_options, require_device, set_engine_environment
+
+        require_device(self._spec, self._instance_id)
+        # Before vLLM is imported: it reads its environment once.
+        set_engine_environment(
+            self._spec, self._role, host=self._host, side_port=free_port(self._host), cores=self._cores
+        )
+        self._note("importing vLLM")
+        from cluster import vllm_engine
+
+        options = engine_options(self._spec, self._role, self._phase_options)
+        in_thread = self._spec.engine_process == "thread"
+        kind = vllm_engine.ThreadEngine if in_thread else vllm_engine.ProcessEngine
+        return kind(options), vllm_engine.VLLM_ENGINE_NAME
+
+    async def _stop(self) -> None:
+        self.state = InstanceState.GONE
+        if self._hosting is not None:
+            await self._hosting.close()
+        if self._engine is not None:
+            with contextlib.suppress(EngineDied):
+                await self._engine.stop()
+
+
+def free_port(host: str) -> int:
+    """A TCP port of `host` that is free now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,117 @@
+"""PdConnector: vLLM's NIXL pull connector, with what a cluster needs beyond it.
+
+Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). Beyond the stock connector:
+
+- a reader asks for the tokens the source really holds (`cluster.handle.readable_tokens`), so a prompt that
+  carries tokens generated elsewhere can be handed over at any length;
+- blocks that nobody will read are released at once, by id, instead of when their lease ends;
+- the progress thread of NIXL sleeps between polls (`nixl_progress`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster import vllm_api
+from cluster.handle import readable_tokens
+from cluster.wire import RELEASE_PARAM
+from kv_transfer.blocks import surplus_blocks
+from kv_transfer.nixl_progress import calm_progress_thread
+
+NixlPullConnector: Any = vllm_api.NixlPullConnector
+NixlPullConnectorScheduler: Any = vllm_api.NixlPullConnectorScheduler
+NixlPullConnectorWorker: Any = vllm_api.NixlPullConnectorWorker
+NixlConnectorMetadata: Any = vllm_api.NixlConnectorMetadata
+KVConnectorRole: Any = vllm_api.KVConnectorRole
+
+
+class PdMetadata(NixlConnectorMetadata):  # type: ignore[misc]
+    """The stock message from scheduler to workers, plus the requests whose blocks nobody will read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reqs_to_release: set[str] = set()
+
+
+class PdScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
+    """Scheduler half: one per engine."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._released: set[str] = set()
+
+    def on_new_request(self, request: Any) -> None:
+        """A request that carries ids to release is aborted by the engine in the same call."""
+        super().on_new_request(request)
+        params = request.kv_transfer_params
+        if params and (released := params.get(RELEASE_PARAM)):
+            self._released.update(released)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        params = request.kv_transfer_params
+        if not (params and params.get("do_remote_prefill") and params.get("remote_num_tokens")):
+            matched: tuple[int, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
+            return matched
+        wanted = readable_tokens(params["remote_num_tokens"], request.num_prompt_tokens)
+        count = wanted - num_computed_tokens
+        return (count, True) if count > 0 else (0, False)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        params = request.kv_transfer_params
+        if params and params.get("do_remote_prefill") and params.get("remote_num_tokens"):
+            self._trim_remote_blocks(params, request.num_prompt_tokens)
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def _trim_remote_blocks(self, params: dict[str, Any], prompt_tokens: int) -> None:
+        # The worker pairs the lists from their ends, so both must end with the same token's block.
+        remote = params["remote_num_tokens"]
+        wanted = readable_tokens(remote, prompt_tokens)
+        groups = self.kv_cache_config.transfer_groups
+        trimmed = []
+        for group, block_ids in zip(groups, params["remote_block_ids"], strict=True):
+            surplus = surplus_blocks(remote, wanted, group.kv_cache_spec.block_size)
+            trimmed.append(list(block_ids[: len(block_ids) - surplus]) if surplus else block_ids)
+        params["remote_block_ids"] = trimmed
+
+    def build_connector_meta(self, scheduler_output: Any) -> PdMetadata:
+        meta = PdMetadata()
+        meta.__dict__.update(super().build_connector_meta(scheduler_output).__dict__)
+        meta.reqs_to_release, self._released = self._released, set()
+        return meta
+
+
+class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
+    """Worker half: one per rank."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._done_without_reader: set[str] = set()
+
+    def start_load_kv(self, metadata: PdMetadata) -> None:
+        super().start_load_kv(metadata)
+        for request_id in metadata.reqs_to_release:
+            # Unknown ids were read, released or expired before: nothing is kept for them.
+            if self._reqs_to_send.pop(request_id, None) is not None:
+                self._reqs_to_process.discard(request_id)
+                self._done_without_reader.add(request_id)
+
+    def get_transfer_results(self) -> Any:
+        results = super().get_transfer_results()
+        if self._done_without_reader:
+            results.finished_sending.update(self._done_without_reader)
+            self._done_without_reader = set()
+        return results
+
+
+class PdConnector(NixlPullConnector):  # type: ignore[misc]
+    """The connector that vLLM is told to load. The role of an instance is a matter of routing: each can give
+    and take KV."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        # The stock constructor would build the stock halves; its parent's sets everything but these.
+        super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = PdScheduler(vllm_config, self.engine_id, kv_cache_config)
+        else:
+            calm_progress_thread()
+            self.connector_worker = PdWorker(vllm_config, self.engine_id, kv_cache_config)

@@ -1,0 +1,198 @@
+"""A hop: one stay of a request on one engine, and what its outputs mean for the client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Protocol
+
+from cluster.errors import EngineFailure, ReplayDiverged, ServingError
+from cluster.handle import KvHandle, handle_of
+from cluster.request import ServeRequest
+from cluster.wire import FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH
+
+
+class HopKind(StrEnum):
+    """PREFILL: one token, blocks kept for a reader. DECODE: reads them first. WHOLE: both phases here."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    WHOLE = "whole"
+
+
+class EngineOutput(Protocol):
+    """The part of vLLM's `EngineCoreOutput` (or `wire.TokenOutput`) that the router reads and writes."""
+
+    request_id: str
+    new_token_ids: list[int]
+    new_logprobs: Any
+    finish_reason: Any
+    events: Any
+    kv_transfer_params: Any
+    prefill_stats: Any
+
+
+class Hop:
+    """One stay on one engine.
+
+    Attributes:
+        hop_id: the engine's request id, unique per hop: a second request of the same id kills an engine.
+        prompt_token_ids: the request's prompt and what was generated elsewhere.
+        generated: the request's output tokens that went to the client; one list for all its hops.
+        swallow: output tokens that the client has already, generated again here (replay).
+        deliver: whether its tokens go to the client.
+        source: the prefill hop whose blocks it reads.
+        handle: the blocks it kept, when it was a prefill and has ended.
+        is_first: whether the client had nothing of this request when the hop began.
+        is_last: whether its last output ended the request.
+        engine_ended: whether the engine said it ended; one that timed out may still be running there.
+        stats: the engine's prefill statistics, known when it has started.
+        started, ended: resolved with the first and the last output, or with the error that ended it.
+    """
+
+    __slots__ = (
+        "deliver",
+        "ended",
+        "engine_ended",
+        "generated",
+        "handle",
+        "hop_id",
+        "instance_id",
+        "is_first",
+        "is_last",
+        "kind",
+        "max_tokens",
+        "progress_s",
+        "prompt_token_ids",
+        "request",
+        "source",
+        "started",
+        "stats",
+        "swallow",
+    )
+
+    def __init__(
+        self,
+        *,
+        hop_id: str,
+        instance_id: str,
+        kind: HopKind,
+        request: ServeRequest,
+        prompt_token_ids: list[int],
+        generated: list[int],
+        max_tokens: int,
+        deliver: bool,
+        swallow: int,
+        source: Hop | None = None,
+    ) -> None:
+        self.hop_id = hop_id
+        self.instance_id = instance_id
+        self.kind = kind
+        self.request = request
+        self.prompt_token_ids = prompt_token_ids
+        self.generated = generated
+        self.max_tokens = max_tokens
+        self.deliver = deliver
+        self.swallow = swallow
+        self.source = source
+        self.handle: KvHandle | None = None
+        self.is_first = not generated
+        self.is_last = False
+        self.engine_ended = False
+        self.stats: Any = None
+        self.progress_s = 0.0
+        loop = asyncio.get_running_loop()
+        self.started: asyncio.Future[None] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the engine gave a first output; a decode has then read its blocks."""
+        return self.started.done() and self.started.exception() is None
+
+    @property
+    def kv_params(self) -> Mapping[str, Any] | None:
+        """`kv_transfer_params` of the blocks it shall read."""
+        return (
+            self.source.handle.params if self.source is not None and self.source.handle is not None else None
+        )
+
+    def waits_for(self, instance_id: str) -> bool:
+        """Whether it can't go on without that instance."""
+        if self.instance_id == instance_id:
+            return True
+        return self.source is not None and self.source.instance_id == instance_id and not self.started.done()
+
+    def fail(self, error: ServingError) -> None:
+        """End it with an error, unless it has ended."""
+        for future in (self.started, self.ended):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # mark as seen: a hop nobody waits for may fail
+
+    def receive(self, output: EngineOutput, now_s: float) -> EngineOutput | None:
+        """Take one output of the engine; returns it rewritten for the client, or None if none of it is
+        for the client."""
+        if self.ended.done():
+            return None
+        self.progress_s = now_s
+        finish = output.finish_reason
+        self.engine_ended = finish is not None
+        if finish in (FINISH_ERROR, FINISH_ABORT):
+            self.fail(self._failure(finish))
+            return None
+        if not self.started.done():
+            self.stats = output.prefill_stats
+            self.started.set_result(None)
+        if finish is not None and self.kind is HopKind.PREFILL:
+            self.handle = handle_of(output.kv_transfer_params)
+        self.is_last = finish is not None and not (self.kind is HopKind.PREFILL and finish == FINISH_LENGTH)
+        forward = self._for_client(output) if self.deliver else None
+        if finish is not None and not self.ended.done():
+            self.ended.set_result(None)
+        return forward
+
+    def _failure(self, finish: Any) -> ServingError:
+        return EngineFailure(
+            instance=self.instance_id,
+            stage=self.kind.value,
+            detail="the engine aborted it" if finish == FINISH_ABORT else "internal engine error",
+        )
+
+    def _for_client(self, output: EngineOutput) -> EngineOutput | None:
+        if self.swallow and not self._swallowed(output):
+            return None
+        self.generated.extend(output.new_token_ids)
+        output.request_id = self.request.request_id
+        output.kv_transfer_params = None
+        if not self.is_first:
+            # Queue times and prefill counts of later hops would be counted as the request's own.
+            output.events = None
+            output.prefill_stats = None
+        elif output.prefill_stats is not None and self.source is not None:
+            output.prefill_stats = self.source.stats
+        if not self.is_last:
+            output.finish_reason = None  # the limit of one token of a prefill is ours, not the client's
+        return output
+
+    def _swallowed(self, output: EngineOutput) -> bool:
+        """Drop tokens the client has; True when something is left of the output."""
+        tokens = output.new_token_ids
+        position = len(self.generated) - self.swallow
+        known = self.generated[position : position + len(tokens)]
+        if tokens[: len(known)] != known:
+            differing = next(
+                i for i, pair in enumerate(zip(tokens, known, strict=False)) if pair[0] != pair[1]
+            )
+            self.fail(ReplayDiverged(position=position + differing, instance=self.instance_id))
+            self.deliver = False
+            return False
+        self.swallow -= len(known)
+        rest = len(tokens) - len(known)
+        if rest == 0 and output.finish_reason is None:
+            return False
+        if output.new_logprobs is not None:
+            output.new_logprobs = output.new_logprobs.slice_request(len(known), rest) if rest else None
+        output.new_token_ids = tokens[len(known) :]
+        return True

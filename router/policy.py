@@ -1,0 +1,73 @@
+"""Policies: which prefill instance, which decode instance, which link. A new policy is one class, one line
+in `POLICIES`, one test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.errors import NoInstance, SpecError
+from cluster.instance import Role
+from cluster.request import ServeRequest
+from router.view import ClusterView, InstanceView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Where a request goes.
+
+    Attributes:
+        prefill, decode: instance ids.
+        link: name of the link that its KV takes.
+        reason: one line for people.
+        candidates: what was weighed, best first, as (instance id, score).
+    """
+
+    prefill: str
+    decode: str
+    link: str
+    reason: str
+    candidates: tuple[tuple[str, float], ...] = ()
+
+
+class Policy(Protocol):
+    """Decides; never acts, never asks the time."""
+
+    def decide(self, request: ServeRequest, view: ClusterView, now_s: float) -> Decision:
+        """Choose instances for a request. Raises NoInstance when a role has none."""
+        ...
+
+
+class LeastTokens:
+    """For each role the instance with the fewest outstanding tokens; ties by the order of the spec."""
+
+    def decide(self, request: ServeRequest, view: ClusterView, now_s: float) -> Decision:
+        prefill = _least(view, Role.PREFILL)
+        decode = _least(view, Role.DECODE)
+        return Decision(
+            prefill=prefill.instance_id,
+            decode=decode.instance_id,
+            link="nixl",
+            reason=f"fewest outstanding tokens: {prefill.outstanding_tokens} on {prefill.instance_id}, "
+            f"{decode.outstanding_tokens} on {decode.instance_id}",
+            candidates=tuple((v.instance_id, float(v.outstanding_tokens)) for v in (prefill, decode)),
+        )
+
+
+def _least(view: ClusterView, role: Role) -> InstanceView:
+    instances = view.of(role)
+    if not instances:
+        raise NoInstance(role=role.value)
+    return min(instances, key=lambda v: (v.outstanding_tokens, v.info.engine_index))
+
+
+POLICIES: dict[str, type[Policy]] = {"least_tokens": LeastTokens}
+
+
+def make_policy(name: str) -> Policy:
+    """The policy of that name. Raises SpecError with the names there are."""
+    if name not in POLICIES:
+        raise SpecError(
+            file="(spec)", path="policy", value=name, allowed=f"the policies are {', '.join(POLICIES)}"
+        )
+    return POLICIES[name]()

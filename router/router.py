@@ -1,0 +1,247 @@
+"""The router: owns the runs, knows the instances, moves outputs to the runs they belong to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from cluster.errors import Draining, EngineFailure, InstanceLost, ServingError
+from cluster.instance import InstanceInfo, InstanceLoad, InstanceState, Role
+from cluster.metrics import IngressMetrics
+from cluster.request import ServeRequest
+from cluster.spec import DeadlineSpec
+from router.hop import EngineOutput, Hop
+from router.policy import Decision, Policy
+from router.run import Run
+from router.view import ClusterView, InstanceView, Reservations
+
+logger = logging.getLogger(__name__)
+
+
+class Link(Protocol):
+    """The way to one instance."""
+
+    def send(self, hop: Hop) -> None:
+        """Give the instance a request. Raises ServingError for one that can't be built."""
+        ...
+
+    def abort(self, request_ids: list[str]) -> None: ...
+
+    def release(self, request_ids: list[str]) -> None: ...
+
+
+class Client(Protocol):
+    """Where a request's end is told when no engine output tells it."""
+
+    def fail(self, request_id: str, error: ServingError) -> None:
+        """The request ended with an error."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """The request is over, well or badly."""
+        ...
+
+
+class _Member:
+    __slots__ = ("info", "link", "load")
+
+    def __init__(self, info: InstanceInfo, link: Link) -> None:
+        self.info = info
+        self.link = link
+        self.load = InstanceLoad()
+
+
+class Router:
+    """Serves requests with the instances it is told of."""
+
+    def __init__(
+        self, policy: Policy, deadlines: DeadlineSpec, client: Client, metrics: IngressMetrics
+    ) -> None:
+        self.deadlines = deadlines
+        self.metrics = metrics
+        self.reservations = Reservations()
+        self._policy = policy
+        self._client = client
+        self._members: dict[str, _Member] = {}
+        self._hops: dict[str, Hop] = {}
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        self._draining = False
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    # --- the instances
+
+    def join(self, info: InstanceInfo, link: Link) -> None:
+        """An instance is READY and can be reached."""
+        self._members[info.instance_id] = _Member(info, link)
+        self._count_instances()
+
+    def leave(self, instance_id: str, *, why: str) -> None:
+        """An instance is gone: every hop that needs it fails, and its run goes elsewhere."""
+        member = self._members.pop(instance_id, None)
+        if member is None:
+            return
+        self._count_instances()
+        waiting = [hop for hop in self._hops.values() if hop.waits_for(instance_id)]
+        logger.warning("lost instance %s (%s) with %d requests", instance_id, why, len(waiting))
+        for hop in waiting:
+            hop.fail(InstanceLost(instance=instance_id, stage=hop.kind.value))
+
+    def update(self, info: InstanceInfo) -> None:
+        """News of a known instance, for example that it is DRAINING: it keeps its requests, gets no more."""
+        if (member := self._members.get(info.instance_id)) is not None:
+            member.info = info
+            self._count_instances()
+
+    def note_load(self, instance_id: str, load: InstanceLoad) -> None:
+        """What an instance says of its own load."""
+        if (member := self._members.get(instance_id)) is not None:
+            member.load = load
+
+    def view(self) -> ClusterView:
+        """The READY instances now."""
+        views: dict[Role, list[InstanceView]] = {role: [] for role in Role}
+        for member in sorted(self._members.values(), key=lambda m: m.info.engine_index):
+            if member.info.state is InstanceState.READY:
+                instance_id = member.info.instance_id
+                views[member.info.role].append(
+                    InstanceView(
+                        info=member.info,
+                        outstanding_tokens=self.reservations.tokens(instance_id),
+                        outstanding_requests=self.reservations.requests(instance_id),
+                        load=member.load,
+                    )
+                )
+        return ClusterView(prefill=tuple(views[Role.PREFILL]), decode=tuple(views[Role.DECODE]))
+
+    def kv_bytes_per_token(self, instance_id: str) -> int:
+        """Bytes of KV cache a token takes there; 0 when it is gone."""
+        member = self._members.get(instance_id)
+        return member.info.facts.kv_bytes_per_token if member and member.info.facts else 0
+
+    # --- the requests
+
+    def submit(self, request: ServeRequest) -> None:
+        """Begin to serve a request; its end comes as an output or through `Client.fail`.
+
+        Raises:
+            Draining: this router takes no new requests.
+            NoInstance: a role has no READY instance.
+        """
+        if self._draining:
+            raise Draining()
+        self._policy.decide(request, self.view(), asyncio.get_running_loop().time())
+        run = Run(request, self, asyncio.get_running_loop().time())
+        task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
+        self._runs[request.request_id] = task
+        self._quiet.clear()
+        task.add_done_callback(lambda ended: self._ended(run, ended))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """The client is gone: stop these requests wherever they are and free what they hold."""
+        for request_id in request_ids:
+            if (task := self._runs.get(request_id)) is not None:
+                task.cancel()
+
+    def on_outputs(self, instance_id: str, outputs: list[EngineOutput]) -> list[EngineOutput]:
+        """Take one engine step's outputs; returns those for the clients of this router, rewritten."""
+        now_s = asyncio.get_running_loop().time()
+        hops = self._hops
+        forward: list[EngineOutput] = []
+        unread: list[str] = []
+        for output in outputs:
+            hop = hops.get(output.request_id)
+            if hop is None:
+                # Left while this was on its way; blocks kept for it have no reader.
+                if output.kv_transfer_params:
+                    unread.append(output.request_id)
+                continue
+            rewritten = hop.receive(output, now_s)
+            if rewritten is not None:
+                forward.append(rewritten)
+        if unread:
+            self.release(instance_id, unread)
+        return forward
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
+    @property
+    def pending(self) -> int:
+        """Requests under way."""
+        return len(self._runs)
+
+    @property
+    def open_hops(self) -> int:
+        """Requests in engines."""
+        return len(self._hops)
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take no new requests, let the running ones end, cancel those that have not by the deadline."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._quiet.wait()
+        except TimeoutError:
+            self.abort(list(self._runs))
+            await self._quiet.wait()
+
+    # --- what runs use
+
+    def decide(self, request: ServeRequest, avoid: frozenset[str]) -> Decision:
+        """The policy's decision on the instances there are now, without those that failed the request."""
+        return self._policy.decide(request, self.view().without(avoid), asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def open(self, hop: Hop) -> AsyncIterator[None]:
+        """Send a hop to its instance, and stop it there if it has not ended when the block is left."""
+        member = self._members.get(hop.instance_id)
+        if member is None:
+            raise InstanceLost(instance=hop.instance_id, stage=hop.kind.value)
+        if hop.source is not None and hop.source.instance_id not in self._members:
+            raise InstanceLost(instance=hop.source.instance_id, stage=hop.kind.value)
+        hop.progress_s = asyncio.get_running_loop().time()
+        self._hops[hop.hop_id] = hop
+        try:
+            member.link.send(hop)
+            yield
+        finally:
+            del self._hops[hop.hop_id]
+            if not hop.engine_ended:
+                member.link.abort([hop.hop_id])
+
+    def release(self, instance_id: str, request_ids: list[str]) -> None:
+        """Let an instance free blocks that nobody will read."""
+        if (member := self._members.get(instance_id)) is not None:
+            member.link.release(request_ids)
+            self.metrics.kv_released.inc(len(request_ids))
+
+    def _ended(self, run: Run, task: asyncio.Task[None]) -> None:
+        """A run is over. A callback of its task: one cancelled before it began runs no code at all."""
+        request_id = run.request.request_id
+        del self._runs[request_id]
+        outcome = "ok"
+        if task.cancelled():
+            outcome = "cancelled"
+        elif (error := task.exception()) is not None:
+            if not isinstance(error, ServingError):
+                # The edge of a request: it must end at its client, whatever went wrong in here.
+                logger.error("request %s", request_id, exc_info=error)
+                error = EngineFailure(instance="router", stage=run.stage.value, detail=repr(error))
+            outcome = error.reason
+            self._client.fail(request_id, error)
+        self._client.forget(request_id)
+        self.metrics.requests.labels(outcome=outcome).inc()
+        if not self._runs:
+            self._quiet.set()
+
+    def _count_instances(self) -> None:
+        for role in Role:
+            for state in (InstanceState.READY, InstanceState.DRAINING):
+                count = sum(m.info.role is role and m.info.state is state for m in self._members.values())
+                self.metrics.instances.labels(role=role.value, state=state.value).set(count)

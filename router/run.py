@@ -1,0 +1,201 @@
+"""The state machine of a request: ADMIT -> PREFILL -> TRANSFER -> DECODE -> DONE.
+
+One coroutine per request. Every stage has a deadline, every exit gives back what it held, and a request ends
+as what really happened: all its tokens, or a typed error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from cluster.errors import EngineFailure, InstanceLost, ServingError, StageTimeout
+from cluster.handle import KvHandle, readable_tokens
+from cluster.request import Handoff, ServeRequest, Stage, Timeline
+from router.hop import Hop, HopKind
+from router.policy import Decision
+
+if TYPE_CHECKING:
+    from router.router import Router
+
+logger = logging.getLogger(__name__)
+
+# A move can cure these; anything else would happen again elsewhere.
+_CURABLE = (InstanceLost, StageTimeout, EngineFailure)
+
+
+class Run:
+    """One request on its way.
+
+    Attributes:
+        stage: where it is now.
+        generated: output tokens sent to the client.
+        timeline: when it reached its stages.
+    """
+
+    def __init__(self, request: ServeRequest, router: Router, now_s: float) -> None:
+        self.request = request
+        self.stage = Stage.ADMIT
+        self.generated: list[int] = []
+        self.timeline = Timeline(arrived_s=now_s)
+        self._router = router
+        self._hops = 0
+        self._avoid: frozenset[str] = frozenset()
+
+    async def serve(self) -> None:
+        """Serve the request to its end. Raises ServingError when it can't be."""
+        deadlines = self._router.deadlines
+        for attempt in range(1, deadlines.attempts + 1):
+            try:
+                await self._attempt(self._router.decide(self.request, self._avoid))
+                break
+            except _CURABLE as error:
+                self._note(error, attempt)
+                if attempt == deadlines.attempts:
+                    raise
+                if self._nothing_left():
+                    break
+        self.stage = Stage.DONE
+        self.timeline.done_s = self._now()
+
+    def _note(self, error: ServingError, attempt: int) -> None:
+        self._router.metrics.retries.labels(cause=error.reason, stage=self.stage.value).inc()
+        logger.warning("request %s, attempt %d: %s", self.request.request_id, attempt, error)
+        self._avoid |= {error.facts["instance"]}
+
+    def _nothing_left(self) -> bool:
+        # The engine died after the last token and before saying so.
+        return len(self.generated) >= self.request.max_tokens
+
+    async def _attempt(self, decision: Decision) -> None:
+        replay = bool(self.generated) and self.request.handoff is not Handoff.TOKENS
+        remaining = self.request.max_tokens - (0 if replay else len(self.generated))
+        if self.request.handoff is Handoff.NOTHING:
+            await self._whole(decision.decode)
+        elif remaining == 1:
+            # No decode follows: nothing to hand over.
+            await self._whole(decision.prefill)
+        else:
+            await self._split(decision)
+
+    async def _whole(self, instance_id: str) -> None:
+        """Both phases on one instance."""
+        self.stage = Stage.PREFILL
+        hop = self._hop(instance_id, HopKind.WHOLE)
+        with self._router.reservations.hold(instance_id, len(hop.prompt_token_ids)):
+            self.timeline.prefill_sent_s = self._now()
+            async with self._router.open(hop):
+                await self._started(hop, self._router.deadlines.prefill_s)
+                self.stage = Stage.DECODE
+                await self._ended(hop)
+
+    async def _split(self, decision: Decision) -> None:
+        """Prefill on one instance, decode on another."""
+        prefill = self._hop(decision.prefill, HopKind.PREFILL)
+        decode: Hop | None = None
+        try:
+            await self._prefill(prefill)
+            # When its token is the client's, a stop token ends the request here. Otherwise it was sampled for
+            # nobody, and the decode instance will say what comes first.
+            if prefill.deliver and prefill.is_last:
+                return
+            if prefill.handle is None:
+                raise EngineFailure(
+                    instance=decision.prefill, stage=self.stage.value, detail="it kept no blocks to be read"
+                )
+            decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
+            await self._decode(decode, prefill.handle)
+        finally:
+            # Once read, the blocks are no longer kept: their ids may be another request's by now.
+            if prefill.handle is not None and not (decode is not None and decode.has_started):
+                self._router.release(decision.prefill, [prefill.handle.request_id])
+
+    async def _prefill(self, hop: Hop) -> None:
+        """One token, and the prompt's blocks kept for a reader."""
+        self.stage = Stage.PREFILL
+        with self._router.reservations.hold(hop.instance_id, len(hop.prompt_token_ids)):
+            self.timeline.prefill_sent_s = self._now()
+            async with self._router.open(hop):
+                await self._started(hop, self._router.deadlines.prefill_s)
+                await self._ended(hop)
+
+    async def _decode(self, hop: Hop, handle: KvHandle) -> None:
+        """Decode on an instance that reads the blocks first."""
+        self.stage = Stage.TRANSFER
+        with self._router.reservations.hold(hop.instance_id, len(hop.prompt_token_ids)):
+            self.timeline.decode_sent_s = self._now()
+            async with self._router.open(hop):
+                await self._started(hop, self._router.deadlines.transfer_s)
+                self.timeline.decode_first_s = self._now()
+                self.stage = Stage.DECODE
+                self._account(hop, handle)
+                await self._ended(hop)
+
+    def _account(self, hop: Hop, handle: KvHandle) -> None:
+        stats = hop.stats
+        if stats is None:
+            return
+        self._router.metrics.transfer_seconds.observe(self._now() - (self.timeline.decode_sent_s or 0.0))
+        wanted = readable_tokens(handle.tokens, len(hop.prompt_token_ids))
+        moved = stats.num_external_cached_tokens
+        recomputed = max(0, wanted - moved - stats.num_local_cached_tokens)
+        self._router.metrics.kv_tokens_moved.inc(moved)
+        self._router.metrics.kv_bytes_moved.inc(moved * self._router.kv_bytes_per_token(hop.instance_id))
+        if recomputed:
+            self._router.metrics.kv_tokens_recomputed.inc(recomputed)
+            logger.error(
+                "fault: %s recomputed %d of %d KV tokens that %s had sent for request %s",
+                hop.instance_id,
+                recomputed,
+                wanted,
+                hop.source.instance_id if hop.source else "?",
+                self.request.request_id,
+            )
+
+    def _hop(self, instance_id: str, kind: HopKind, source: Hop | None = None) -> Hop:
+        carries = self.request.handoff is Handoff.TOKENS
+        sent = len(self.generated) if carries else 0
+        prompt = self.request.prompt_token_ids
+        self._hops += 1
+        return Hop(
+            hop_id=f"{self.request.request_id}~{self._hops}",
+            instance_id=instance_id,
+            kind=kind,
+            request=self.request,
+            prompt_token_ids=prompt + self.generated if sent else prompt,
+            generated=self.generated,
+            max_tokens=1 if kind is HopKind.PREFILL else self.request.max_tokens - sent,
+            deliver=kind is not HopKind.PREFILL or carries,
+            swallow=0 if carries else len(self.generated),
+            source=source,
+        )
+
+    async def _started(self, hop: Hop, deadline_s: float) -> None:
+        try:
+            async with asyncio.timeout(deadline_s):
+                await asyncio.shield(hop.started)
+        except TimeoutError:
+            raise StageTimeout(
+                stage=self.stage.value, instance=hop.instance_id, deadline_s=deadline_s
+            ) from None
+        if self.timeline.first_token_s is None and self.generated:
+            self.timeline.first_token_s = self._now()
+
+    async def _ended(self, hop: Hop) -> None:
+        """Wait for the end; the deadline is for the next token, and starts anew with each."""
+        stall_s = self._router.deadlines.stall_s
+        while True:
+            try:
+                async with asyncio.timeout_at(hop.progress_s + stall_s):
+                    await asyncio.shield(hop.ended)
+                    return
+            except TimeoutError:
+                if self._now() >= hop.progress_s + stall_s:
+                    raise StageTimeout(
+                        stage=self.stage.value, instance=hop.instance_id, deadline_s=stall_s
+                    ) from None
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

@@ -1,0 +1,82 @@
+"""What a policy sees: a frozen snapshot of the READY instances, with the router's own reservations in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cluster.instance import InstanceInfo, InstanceLoad, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceView:
+    """One READY instance.
+
+    Attributes:
+        outstanding_tokens: tokens this router has sent it and that have not ended yet. The router's own
+            count, so two picks in a row see each other; the reported load lags behind.
+        outstanding_requests: the requests they belong to.
+        load: what the instance last said of itself.
+    """
+
+    info: InstanceInfo
+    outstanding_tokens: int
+    outstanding_requests: int
+    load: InstanceLoad
+
+    @property
+    def instance_id(self) -> str:
+        return self.info.instance_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """The READY instances of both roles, each in the order of the spec."""
+
+    prefill: tuple[InstanceView, ...]
+    decode: tuple[InstanceView, ...]
+
+    def of(self, role: Role) -> tuple[InstanceView, ...]:
+        return self.prefill if role is Role.PREFILL else self.decode
+
+    def without(self, instance_ids: frozenset[str]) -> ClusterView:
+        """The view without some instances; a role of which nothing would be left is kept whole."""
+
+        def keep(views: tuple[InstanceView, ...]) -> tuple[InstanceView, ...]:
+            return tuple(v for v in views if v.instance_id not in instance_ids) or views
+
+        return ClusterView(prefill=keep(self.prefill), decode=keep(self.decode))
+
+
+class Reservations:
+    """Tokens and requests that this router has under way on each instance."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = {}
+        self._requests: dict[str, int] = {}
+
+    def tokens(self, instance_id: str) -> int:
+        return self._tokens.get(instance_id, 0)
+
+    def requests(self, instance_id: str) -> int:
+        return self._requests.get(instance_id, 0)
+
+    @contextmanager
+    def hold(self, instance_id: str, tokens: int) -> Iterator[None]:
+        """Count `tokens` and one request on an instance for as long as the block runs."""
+        self._add(instance_id, tokens, 1)
+        try:
+            yield
+        finally:
+            self._add(instance_id, -tokens, -1)
+
+    def outstanding(self) -> Mapping[str, int]:
+        """Tokens by instance, without those that have none."""
+        return dict(self._tokens)
+
+    def _add(self, instance_id: str, tokens: int, requests: int) -> None:
+        self._tokens[instance_id] = self._tokens.get(instance_id, 0) + tokens
+        self._requests[instance_id] = self._requests.get(instance_id, 0) + requests
+        if self._requests[instance_id] == 0:
+            del self._requests[instance_id], self._tokens[instance_id]

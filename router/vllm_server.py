@@ -1,0 +1,70 @@
+"""The HTTP app of an ingress: vLLM's own OpenAI server on a RemoteLLM, and our few routes beside it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from cluster import vllm_api
+from cluster.errors import SpecError
+from cluster.spec import ClusterSpec
+from cluster.vllm_options import server_arguments
+from router.vllm_frontend import ClusterCore, RemoteLLM, RequestEnded, cluster_status
+
+_TASKS = ("generate",)
+
+
+def parse_server_arguments(spec: ClusterSpec) -> Namespace:
+    """vLLM's server arguments. Raises SpecError with vLLM's words for an option or value it does not know."""
+    parser = vllm_api.make_arg_parser(vllm_api.FlexibleArgumentParser(exit_on_error=False))
+
+    def refuse(message: str) -> None:
+        raise SpecError(
+            file="(spec)", path="ingress.server_options", value=dict(spec.ingress.server_options),
+            allowed=f"vLLM's server says: {message}",
+        )  # fmt: skip
+
+    parser.error = refuse
+    args: Namespace = parser.parse_args(server_arguments(spec))
+    try:
+        vllm_api.validate_parsed_serve_args(args)
+        vllm_api.validate_api_server_args(args)
+    except (KeyError, TypeError, ValueError) as error:
+        refuse(str(error))
+    return args
+
+
+async def build_server(spec: ClusterSpec, core: ClusterCore) -> FastAPI:
+    """The app, ready to serve as soon as the core reaches instances."""
+    args = parse_server_arguments(spec)
+    engine_args = vllm_api.AsyncEngineArgs.from_cli_args(args)
+    config = engine_args.create_engine_config(vllm_api.UsageContext.OPENAI_API_SERVER)
+    llm = RemoteLLM(config, core)
+    app: FastAPI = vllm_api.build_app(args, _TASKS, config.model_config)
+    await vllm_api.init_app_state(llm, app.state, args, _TASKS)
+    # vLLM's handlers end their own uvicorn through this when an engine is dead; ours stays up and says 503.
+    app.state.server = SimpleNamespace(should_exit=False)
+    _add_routes(app, core)
+    # vLLM's app has its middleware built already, without our exception handler: have it built again.
+    app.middleware_stack = None
+    return app
+
+
+def _add_routes(app: FastAPI, core: ClusterCore) -> None:
+    @app.get("/pdserve/status")
+    async def status() -> dict[str, Any]:
+        return cluster_status(core)
+
+    @app.get("/live")
+    async def live() -> dict[str, bool]:
+        return {"alive": True}
+
+    @app.exception_handler(RequestEnded)
+    async def ended(request: Request, error: RequestEnded) -> JSONResponse:
+        status = int(error.http_status)
+        body = {"message": str(error), "type": error.http_status.phrase, "param": None, "code": status}
+        return JSONResponse({"error": body}, status_code=status, headers=error.headers())

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster import errors
+from cluster.engine import EngineDied
+from cluster.errors import ServingError
+
+FACTS: dict[str, Any] = {
+    "file": "f", "path": "p", "value": 1, "allowed": "a", "problem": "p", "remedy": "r", "ours": 1,
+    "theirs": 2, "instance": "decode-0", "role": "decode", "detail": "d", "stage": "decode",
+    "deadline_s": 1.5, "position": 3,
+}  # fmt: skip
+
+
+def kinds(base: type[ServingError] = ServingError) -> Iterator[type[ServingError]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from kinds(kind)
+
+
+def example(kind: type[ServingError]) -> ServingError:
+    names = [name for name in kind.__annotations__ if name in FACTS]
+    return kind(**{name: FACTS[name] for name in names})
+
+
+@pytest.mark.parametrize("kind", sorted(set(kinds()) | {EngineDied}, key=lambda k: k.__name__))
+def test_an_error_survives_pickling_with_its_facts(kind: type[ServingError]) -> None:
+    error = example(kind)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert again.facts == error.facts
+    assert str(again) == str(error) != ""
+    assert "\n" not in str(error)
+
+
+def test_facts_are_attributes() -> None:
+    error = errors.StageTimeout(stage="transfer", instance="decode-0", deadline_s=30.0)
+    assert (error.stage, error.instance, error.deadline_s) == ("transfer", "decode-0", 30.0)
+    assert str(error) == "stage transfer on decode-0 made no progress for 30 s"

@@ -1,0 +1,245 @@
+"""An engine's host and an ingress' link over real ZeroMQ, with the twin engine, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cluster import wire
+from cluster.engine import EngineDied
+from cluster.errors import IncompatiblePeer, NoInstance, ServingError
+from cluster.host_zmq import EngineHost
+from cluster.instance import InstanceInfo, InstanceState
+from cluster.metrics import IngressMetrics
+from cluster.registry import Membership
+from cluster.request import ServeRequest
+from cluster.sim_engine import SIM_ENGINE_NAME, SimEngine
+from cluster.spec import ClusterSpec, DeadlineSpec, SimEngineSpec
+from cluster.wire import StepOutputs, TokenRequest
+from router.hop import Hop, HopKind
+from router.link_zmq import LinkKeeper, ZmqLink
+from router.policy import LeastTokens
+from router.router import Router
+from tests.twins import expected_tokens, info_of, until
+
+PROMPT = list(range(100, 130))
+SPEC = ClusterSpec(model="m", device="cpu", engine="sim", sim=SimEngineSpec(step_s=0.001))
+
+
+class Instance:
+    """A host with a twin engine, serving in this loop."""
+
+    def __init__(self, instance_id: str, index: int = 0) -> None:
+        self.engine = SimEngine(SPEC)
+        self.host = EngineHost(
+            self.engine, engine_name=SIM_ENGINE_NAME, instance_id=instance_id, incarnation="1"
+        )
+        self.info: InstanceInfo = info_of(instance_id, index)
+
+    async def start(self) -> Instance:
+        address = await self.host.bind("127.0.0.1")
+        self.info = replace(self.info, address=address)
+        self.serving = asyncio.create_task(self.host.serve())
+        return self
+
+    async def stop(self) -> None:
+        self.serving.cancel()
+        with suppress(asyncio.CancelledError, EngineDied):
+            await self.serving
+        await self.host.close()
+
+
+class Ingress:
+    """A router with a LinkKeeper; collects what its clients get."""
+
+    def __init__(self, name: str) -> None:
+        self.router = Router(LeastTokens(), DeadlineSpec(), self, IngressMetrics(CollectorRegistry()))
+        self.keeper = LinkKeeper(
+            self.router,
+            ingress=name,
+            engine=SIM_ENGINE_NAME,
+            encode=self._encode,
+            on_outputs=self._on_outputs,
+        )
+        self.tokens: dict[str, list[int]] = {}
+        self.errors: dict[str, ServingError] = {}
+        self.messages = 0
+
+    def _encode(self, hop: Hop) -> Sequence[Any]:
+        extra: dict[str, Any] = {}
+        if hop.kind is HopKind.PREFILL:
+            extra = {"kv_transfer_params": {"do_remote_decode": True}}
+        elif hop.kv_params is not None:
+            extra = {"kv_transfer_params": dict(hop.kv_params)}
+        params = {"max_tokens": hop.max_tokens, "extra_args": extra}
+        request = TokenRequest(
+            request_id=hop.hop_id, prompt_token_ids=hop.prompt_token_ids, sampling_params=params
+        )
+        return [msgspec.msgpack.encode(request)]
+
+    def _on_outputs(self, info: InstanceInfo, frames: Sequence[Any]) -> None:
+        self.messages += 1
+        step = msgspec.msgpack.decode(frames[0], type=StepOutputs)
+        for output in self.router.on_outputs(info.instance_id, step.outputs):
+            self.tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+
+    def fail(self, request_id: str, error: ServingError) -> None:
+        self.errors[request_id] = error
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+    async def reach(self, *instances: Instance) -> None:
+        self.keeper.sync(Membership(version=1, instances=tuple(i.info for i in instances)))
+        await until(lambda: len(self.keeper.links) == len(instances))
+
+    def submit(self, request_id: str, count: int) -> None:
+        self.router.submit(ServeRequest(request_id=request_id, prompt_token_ids=PROMPT, max_tokens=count))
+
+
+@asynccontextmanager
+async def cluster(*instance_ids: str) -> AsyncIterator[tuple[Ingress, dict[str, Instance]]]:
+    instances = {i: await Instance(i, n).start() for n, i in enumerate(instance_ids)}
+    ingress = Ingress("ingress-1")
+    await ingress.reach(*instances.values())
+    try:
+        yield ingress, instances
+    finally:
+        await ingress.keeper.close()
+        for instance in instances.values():
+            await instance.stop()
+
+
+async def test_requests_go_through_the_split() -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, _):
+        for number in range(20):
+            ingress.submit(f"r{number}", 10)
+        await until(lambda: not ingress.router.pending)
+        assert ingress.errors == {}
+        assert all(tokens == expected_tokens(PROMPT, 10) for tokens in ingress.tokens.values())
+        assert len(ingress.tokens) == 20
+
+
+async def test_one_message_per_step_and_not_per_token() -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, instances):
+        for number in range(50):
+            ingress.submit(f"r{number}", 20)
+        await until(lambda: not ingress.router.pending)
+        steps = sum(instance.host.steps for instance in instances.values())
+        assert ingress.messages <= steps < 50 * 20 / 5
+
+
+async def test_two_ingresses_share_instances_and_one_may_leave() -> None:
+    async with cluster("prefill-0", "decode-0") as (one, instances):
+        two = Ingress("ingress-2")
+        await two.reach(*instances.values())
+        one.submit("same-id", 200)
+        two.submit("other-id", 200)
+        await until(lambda: two.tokens.get("other-id"))
+        two.router.abort(["other-id"])
+        await two.keeper.close()
+        await until(lambda: not one.router.pending)
+        assert one.tokens["same-id"] == expected_tokens(PROMPT, 200)
+        await until(lambda: all(i.host.requests == 0 for i in instances.values()))
+        assert all(i.host.ingresses == ["ingress-1"] for i in instances.values())
+
+
+async def test_an_ingress_that_vanishes_has_its_requests_aborted() -> None:
+    async with cluster("prefill-0", "decode-0") as (_, instances):
+        two = Ingress("ingress-2")
+        await two.reach(*instances.values())
+        two.submit("r", 100_000)
+        await until(lambda: len(two.tokens.get("r", [])) > 3)
+        for link in list(two.keeper.links.values()):
+            link._socket.close(linger=0)  # no goodbye, as a killed process
+        await until(lambda: all(i.host.requests == 0 for i in instances.values()))
+        await until(lambda: not instances["decode-0"].engine._running)
+        two.router.abort(["r"])
+        await two.keeper.close()
+
+
+async def test_an_aborted_request_leaves_the_engine() -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, instances):
+        ingress.submit("r", 100_000)
+        await until(lambda: len(ingress.tokens.get("r", [])) > 3)
+        ingress.router.abort(["r"])
+        await until(lambda: not instances["decode-0"].engine._running)
+        assert instances["decode-0"].host.requests == 0
+
+
+async def test_an_instance_that_dies_is_noticed_and_its_requests_move() -> None:
+    async with cluster("prefill-0", "decode-0", "decode-1") as (ingress, instances):
+        ingress.submit("r", 300)
+        await until(lambda: len(ingress.tokens.get("r", [])) > 3)
+        await instances["decode-0"].stop()
+        await until(lambda: not ingress.router.pending)
+        assert ingress.tokens["r"] == expected_tokens(PROMPT, 300)
+
+
+async def test_a_dead_engine_is_told_to_every_ingress() -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, instances):
+        ingress.submit("r", 100_000)
+        await until(lambda: len(ingress.tokens.get("r", [])) > 3)
+
+        async def die() -> StepOutputs:
+            raise EngineDied(detail="out of memory")
+
+        SimEngine.outputs, working = lambda self: die() if self is dying else working(self), SimEngine.outputs
+        dying = instances["decode-0"].engine
+        try:
+            await until(lambda: "r" in ingress.errors)
+            assert isinstance(ingress.errors["r"], NoInstance)
+            with pytest.raises(EngineDied, match="out of memory"):
+                await instances["decode-0"].serving
+        finally:
+            SimEngine.outputs = working
+
+
+async def test_an_ingress_of_another_version_is_refused() -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, instances):
+        link = ZmqLink(
+            ingress.keeper._context, instances["prefill-0"].info, ingress._encode, ingress._on_outputs
+        )
+        try:
+            with pytest.raises(IncompatiblePeer, match=r"vllm 0\.1"):
+                await link.open("ingress-old", "vllm 0.1")
+        finally:
+            link.close()
+
+
+async def test_a_message_that_can_not_be_read_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, _):
+        link = ingress.keeper.links["decode-0"]
+        link._post([wire.ADD, b"\xc1 no msgpack"])
+        link._post([b"?", b"x"])
+        ingress.submit("r", 5)
+        await until(lambda: not ingress.router.pending)
+        assert ingress.tokens["r"] == expected_tokens(PROMPT, 5)
+        assert "can't be read" in caplog.text
+
+
+async def test_a_call_of_a_method_the_engine_has_not_fails_with_its_words() -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, _):
+        with pytest.raises(RuntimeError, match="no method 'sing'"):
+            await ingress.keeper.links["decode-0"].call("sing", [], 5.0)
+
+
+async def test_a_draining_instance_keeps_its_requests_and_gets_no_more() -> None:
+    async with cluster("prefill-0", "decode-0", "decode-1") as (ingress, instances):
+        ingress.submit("r", 50)
+        await until(lambda: ingress.tokens.get("r"))
+        infos = [i.info for i in instances.values()]
+        infos[1] = replace(infos[1], state=InstanceState.DRAINING)
+        ingress.keeper.sync(Membership(version=2, instances=tuple(infos)))
+        for number in range(5):
+            ingress.submit(f"late-{number}", 3)
+        await until(lambda: not ingress.router.pending)
+        assert ingress.tokens["r"] == expected_tokens(PROMPT, 50)
+        assert await instances["decode-0"].host.drained(1.0)

@@ -1,0 +1,17 @@
+"""The decode actor: a worker shell with the decode phase's options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.instance import Role
+from cluster.ray_worker import WorkerShell
+from cluster.spec import ClusterSpec
+from decode_worker.phase import phase_options
+
+
+class DecodeActor(WorkerShell):
+    """One decode instance."""
+
+    def __init__(self, spec: ClusterSpec, **place: Any) -> None:
+        super().__init__(spec, Role.DECODE, phase_options(spec), **place)

@@ -1,0 +1,140 @@
+"""The Ray Serve application: `deploy.ray_app:build` is its import path in Serve configs and RayServices."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+
+from cluster.errors import SpecError
+from cluster.metrics import IngressMetrics
+from cluster.spec import ClusterSpec, load_spec, parse_spec
+from deploy.installation import require_one_installation
+from deploy.ray_controller import get_or_create_controller
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 30.0
+CONTROLLER_RETRY_S = 1.0
+
+Asgi = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class LateApp:
+    """An ASGI app that lives from lifespan start-up to lifespan end, in the replica's event loop."""
+
+    def __init__(self, living: Callable[[], AbstractAsyncContextManager[Asgi]]) -> None:
+        self._living = living
+        self._app: Asgi | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            assert self._app is not None
+            await self._app(scope, receive, send)
+            return
+        await receive()
+        async with AsyncExitStack() as stack:
+            try:
+                self._app = await stack.enter_async_context(self._living())
+            except Exception as error:
+                logger.exception("the ingress did not start")
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                return
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+class IngressReplica:
+    """One ingress: vLLM's OpenAI server on a RemoteLLM, in a Serve replica."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        require_one_installation()
+        if spec.device == "cpu":
+            # Tokenizing needs no thread pool, and the engines need the cores.
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self._spec = spec
+        self._name = f"ingress-{uuid.uuid4().hex[:8]}"
+
+    def __serve_build_asgi_app__(self) -> LateApp:
+        return LateApp(self._living)
+
+    @asynccontextmanager
+    async def _living(self) -> AsyncIterator[Asgi]:
+        controller = get_or_create_controller(self._spec)
+        await controller.start.remote()
+        # Imported here: seconds, during which the controller already starts the instances.
+        from prometheus_client import REGISTRY
+
+        from cluster.sim_engine import SIM_ENGINE_NAME
+        from cluster.vllm_engine import VLLM_ENGINE_NAME
+        from router.vllm_frontend import ClusterCore
+        from router.vllm_server import build_server
+
+        engine = SIM_ENGINE_NAME if self._spec.engine == "sim" else VLLM_ENGINE_NAME
+        core = ClusterCore(self._spec, IngressMetrics(REGISTRY), ingress=self._name, engine=engine)
+        app = await build_server(self._spec, core)
+        watching = asyncio.create_task(self._watch(controller, core), name="watch-membership")
+        try:
+            async with app.router.lifespan_context(app):
+                yield app
+        finally:
+            await core.router.drain(self._spec.deadlines.drain_s)
+            watching.cancel()
+            await core.close()
+
+    async def _watch(self, controller: Any, core: Any) -> None:
+        """Follow the controller's membership for ever."""
+        version = -1
+        while True:
+            try:
+                membership = await controller.watch.remote(version, WATCH_S)
+            except RayError as error:
+                # A restarted controller has a new registry; its members have new incarnations.
+                logger.warning("lost the controller: %s", error)
+                await asyncio.sleep(CONTROLLER_RETRY_S)
+                with suppress(RayError):
+                    controller = get_or_create_controller(self._spec)
+                    await controller.start.remote()
+                version = -1
+                continue
+            if membership.version != version:
+                version = membership.version
+                core.links.sync(membership)
+
+
+def build(args: dict[str, Any]) -> Any:
+    """Serve's application builder.
+
+    Args:
+        args: `{"spec": PATH}` or `{"spec": {...}}`, the spec inline.
+    """
+    given = args.get("spec")
+    if given is None:
+        raise SpecError(
+            file="(args)", path="spec", value=args, allowed="give spec: a path, or the spec itself"
+        )
+    spec = parse_spec(given) if isinstance(given, dict) else load_spec(given)
+    return application(spec)
+
+
+def application(spec: ClusterSpec) -> Any:
+    """The application of a spec, for `serve.run`."""
+    deployment = serve.deployment(
+        serve.ingress()(IngressReplica),
+        name="ingress",
+        num_replicas=spec.ingress.replicas,
+        # Admission is the router's work; Serve must not queue in front of it.
+        max_ongoing_requests=1_000_000,
+        ray_actor_options={"num_cpus": spec.ingress.cpus},
+        graceful_shutdown_timeout_s=spec.deadlines.drain_s + 10.0,
+        health_check_timeout_s=60.0,
+    )
+    return deployment.bind(spec)

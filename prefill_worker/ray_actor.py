@@ -1,0 +1,17 @@
+"""The prefill actor: a worker shell with the prefill phase's options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.instance import Role
+from cluster.ray_worker import WorkerShell
+from cluster.spec import ClusterSpec
+from prefill_worker.phase import phase_options
+
+
+class PrefillActor(WorkerShell):
+    """One prefill instance."""
+
+    def __init__(self, spec: ClusterSpec, **place: Any) -> None:
+        super().__init__(spec, Role.PREFILL, phase_options(spec), **place)

@@ -1,0 +1,132 @@
+"""Supervision without Ray: lives start, die, start again; hopeless ones do not."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from cluster.errors import EnvironmentProblem
+from cluster.instance import InstanceState, Role
+from cluster.registry import Membership
+from cluster.spec import ClusterSpec, DeadlineSpec
+from cluster.worker import Ready
+from deploy import controller as controller_module
+from deploy.controller import Controller
+from tests.twins import FACTS
+
+SPEC = ClusterSpec(model="m", device="cpu", engine="sim", deadlines=DeadlineSpec(startup_s=2.0, drain_s=1.0))
+
+
+class FakeWorker:
+    def __init__(self, launcher: FakeLauncher, instance_id: str) -> None:
+        self.launcher = launcher
+        self.instance_id = instance_id
+        self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.killed = False
+
+    async def start(self) -> Ready:
+        problem = self.launcher.problems.get(self.instance_id, [])
+        if problem:
+            raise problem.pop(0)
+        facts = self.launcher.facts.get(self.instance_id, FACTS)
+        return Ready(address="tcp://127.0.0.1:1", node="n", pid=1, facts=facts)
+
+    async def ended(self) -> str:
+        return await self.end
+
+    async def drain(self, deadline_s: float) -> bool:
+        if not self.end.done():
+            self.end.set_result("drained")
+        return True
+
+    async def kill(self) -> None:
+        self.killed = True
+
+
+class FakeLauncher:
+    def __init__(self) -> None:
+        self.workers: dict[str, list[FakeWorker]] = {}
+        self.problems: dict[str, list[Exception]] = {}
+        self.facts: dict[str, object] = {}
+
+    async def launch(self, instance_id: str, role: Role, *, index: int, incarnation: str) -> FakeWorker:
+        worker = FakeWorker(self, instance_id)
+        self.workers.setdefault(instance_id, []).append(worker)
+        return worker
+
+
+async def watch_until(controller: Controller, condition: object) -> Membership:
+    membership = await controller.watch(-1, 1.0)
+    async with asyncio.timeout(5.0):
+        while not condition(membership):  # type: ignore[operator]
+            membership = await controller.watch(membership.version, 1.0)
+    return membership
+
+
+def all_ready(membership: Membership) -> bool:
+    return all(i.state is InstanceState.READY for i in membership.instances)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_module, "RESTART_S", (0.0, 0.001))
+
+
+async def test_places_are_filled_and_drained() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(SPEC, launcher)
+    await controller.start()
+    membership = await watch_until(controller, all_ready)
+    assert [i.instance_id for i in membership.instances] == ["prefill-0", "decode-0"]
+    assert await controller.stop(1.0)
+    assert all(worker.killed for workers in launcher.workers.values() for worker in workers)
+
+
+async def test_a_life_that_dies_is_followed_by_another_incarnation() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(SPEC, launcher)
+    await controller.start()
+    first = await watch_until(controller, all_ready)
+    launcher.workers["decode-0"][0].end.set_result("its process died")
+    second = await watch_until(controller, lambda m: all_ready(m) and m.version > first.version + 1)
+    assert second.instances[1].incarnation != first.instances[1].incarnation
+    assert launcher.workers["decode-0"][0].killed
+    await controller.stop(1.0)
+
+
+async def test_a_failed_start_is_tried_again_and_a_hopeless_one_is_not() -> None:
+    launcher = FakeLauncher()
+    launcher.problems["prefill-0"] = [TimeoutError()]
+    launcher.problems["decode-0"] = [EnvironmentProblem(problem="no GPU", remedy="add one")]
+    controller = Controller(SPEC, launcher)
+    await controller.start()
+    membership = await watch_until(
+        controller,
+        lambda m: m.instances[0].state is InstanceState.READY and m.instances[1].state is InstanceState.GONE,
+    )
+    assert membership.instances[1].detail == "no GPU; add one"
+    assert len(launcher.workers["prefill-0"]) == 2
+    assert len(launcher.workers["decode-0"]) == 1
+    await controller.stop(1.0)
+
+
+async def test_an_engine_that_does_not_fit_is_refused_at_registration() -> None:
+    launcher = FakeLauncher()
+    launcher.facts["decode-0"] = replace(FACTS, fingerprint=replace(FACTS.fingerprint, block_size_tokens=128))
+    controller = Controller(SPEC, launcher)
+    await controller.start()
+    membership = await watch_until(
+        controller, lambda m: {i.state for i in m.instances} == {InstanceState.READY, InstanceState.GONE}
+    )
+    gone = next(i for i in membership.instances if i.state is InstanceState.GONE)
+    assert "block_size_tokens=16" in gone.detail
+    assert "block_size_tokens=128" in gone.detail
+    await controller.stop(1.0)
+
+
+async def test_watching_returns_at_the_deadline_when_nothing_changes() -> None:
+    controller = Controller(SPEC, FakeLauncher())
+    membership = await controller.watch(controller._registry.snapshot().version, 0.01)
+    assert membership.instances[0].state is InstanceState.STARTING

@@ -1,0 +1,224 @@
+"""What a replay measured: outcomes, percentiles, attainment, goodput; as JSON and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cluster.request import Slo
+from deploy.workload import percentile
+
+Status = Literal["ok", "rejected", "failed", "timeout", "cancelled"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+MAX_ERRORS_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutcome:
+    """What the client of one request saw.
+
+    `sent_s` and `end_s` count from the start of the replay; `lag_s` is how late it was sent. `ttft_s` and
+    `e2e_s` (last token) count from sending. `tpot_s` averages over the tokens after the first, `max_gap_s` is
+    the longest wait between two chunks; both None for fewer than two. `output_tokens` is the server's own
+    count (usage), 0 where it never came. `error` says why the status isn't "ok"; None for a cancelled one.
+    """
+
+    index: int
+    status: Status
+    input_tokens: int
+    output_tokens: int
+    sent_s: float
+    lag_s: float
+    end_s: float
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float | None
+    max_gap_s: float | None
+    error: str | None
+
+    def meets(self, slo: Slo) -> bool:
+        """A complete answer within both bounds; one token has no TPOT and keeps any."""
+        in_time = self.ttft_s is not None and self.ttft_s <= slo.ttft_s
+        return self.status == "ok" and in_time and (self.tpot_s is None or self.tpot_s <= slo.tpot_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """Mean, percentiles and maximum of some values, in their unit."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Distribution | None:
+        """Of the values that exist; None when none does."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        p50, p90, p99 = (percentile(known, percent) for percent in (50, 90, 99))
+        return cls(mean=math.fsum(known) / len(known), p50=p50, p90=p90, p99=p99, max=max(known))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayReport:
+    """Result of a replay: one outcome per request, in the order of sending.
+
+    Latencies and throughput are those of complete ("ok") answers, rates are per second of `duration_s`, which
+    runs from the start to the end of the last request. The send lag is over all requests: one that is not
+    small against the TTFT says that the client, not the server, was the bottleneck.
+    """
+
+    url: str
+    model: str
+    slo: Slo
+    duration_s: float
+    outcomes: tuple[RequestOutcome, ...]
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        """Requests by status, every status named."""
+        counted = Counter(outcome.status for outcome in self.outcomes)
+        return {status: counted[status] for status in STATUSES}
+
+    @property
+    def met(self) -> int:
+        """Requests that met both bounds."""
+        return sum(outcome.meets(self.slo) for outcome in self.outcomes)
+
+    @property
+    def attainment(self) -> float | None:
+        """`met` as a share (0..1) of all requests but the cancelled ones; None when there is no other."""
+        judged = len(self.outcomes) - self.counts["cancelled"]
+        return self.met / judged if judged else None
+
+    @property
+    def goodput_rps(self) -> float:
+        """Requests per second that met both bounds."""
+        return self.met / self.duration_s
+
+    @property
+    def throughput(self) -> dict[str, float]:
+        """Complete answers, their prompt tokens and their output tokens, per second."""
+        done = [outcome for outcome in self.outcomes if outcome.status == "ok"]
+        return {
+            "request_rps": len(done) / self.duration_s,
+            "input_tokens_per_s": sum(outcome.input_tokens for outcome in done) / self.duration_s,
+            "output_tokens_per_s": sum(outcome.output_tokens for outcome in done) / self.duration_s,
+        }
+
+    @property
+    def latencies(self) -> dict[str, Distribution | None]:
+        """Distributions in seconds; None where nothing was measured."""
+        done = [outcome for outcome in self.outcomes if outcome.status == "ok"]
+        return {
+            "ttft_s": Distribution.of(outcome.ttft_s for outcome in done),
+            "tpot_s": Distribution.of(outcome.tpot_s for outcome in done),
+            "e2e_s": Distribution.of(outcome.e2e_s for outcome in done),
+            "max_gap_s": Distribution.of(outcome.max_gap_s for outcome in done),
+            "send_lag_s": Distribution.of(outcome.lag_s for outcome in self.outcomes),
+        }
+
+    @property
+    def errors(self) -> list[tuple[str, int]]:
+        """(text, count) of everything that went wrong, the most frequent first."""
+        return Counter(outcome.error for outcome in self.outcomes if outcome.error is not None).most_common()
+
+    def to_json(self) -> dict[str, object]:
+        """The summary as plain JSON values (no infinity: a missing bound is null); outcomes are not in it."""
+        bounds = {"ttft_s": self.slo.ttft_s, "tpot_s": self.slo.tpot_s}
+        return {
+            "url": self.url,
+            "model": self.model,
+            "requests": len(self.outcomes),
+            "counts": dict(self.counts),
+            "duration_s": self.duration_s,
+            **self.throughput,
+            "slo": {name: bound if math.isfinite(bound) else None for name, bound in bounds.items()},
+            "met": self.met,
+            "attainment": self.attainment,
+            "goodput_rps": self.goodput_rps,
+            **{
+                name: None if row is None else {key: getattr(row, key) for key in Distribution.__slots__}
+                for name, row in self.latencies.items()
+            },
+            "errors": [{"error": text, "count": count} for text, count in self.errors[:MAX_ERRORS_SHOWN]],
+        }
+
+    def to_text(self) -> str:
+        """A table for people, times in milliseconds."""
+        return "\n".join([*_summary_lines(self), "", *_latency_lines(self), *_error_lines(self)])
+
+
+def parse_goodput(pairs: Sequence[str]) -> Slo:
+    """Bounds in milliseconds as `vllm bench serve --goodput` spells them: `["ttft:300", "tpot:50"]`.
+
+    A metric that isn't named has no bound. Raises ValueError for an unknown or repeated metric, a value that
+    is not a positive number, and an empty list.
+    """
+    example = "expected ttft:MS and tpot:MS, such as ttft:300 tpot:50"
+    if not pairs:
+        raise ValueError(f"goodput: nothing given, {example}")
+    bounds: dict[str, float] = {}
+    for pair in pairs:
+        metric, _, text = pair.partition(":")
+        if metric not in ("ttft", "tpot"):
+            raise ValueError(f"goodput: unknown metric in {pair!r}, {example}")
+        if metric in bounds:
+            raise ValueError(f"goodput: {metric} is given twice, {example}")
+        try:
+            bounds[metric] = float(text)
+        except ValueError:
+            raise ValueError(f"goodput: {text!r} in {pair!r} is not a number, {example}") from None
+        if not 0 < bounds[metric] < math.inf:
+            raise ValueError(f"goodput: {text!r} in {pair!r} is not a positive number of ms, {example}")
+    return Slo(**{f"{metric}_s": bound_ms / 1000 for metric, bound_ms in bounds.items()})
+
+
+def _summary_lines(report: ReplayReport) -> list[str]:
+    bounds = [
+        f"{metric} <= {bound_s * 1000:g} ms"
+        for metric, bound_s in (("TTFT", report.slo.ttft_s), ("TPOT", report.slo.tpot_s))
+        if math.isfinite(bound_s)
+    ]
+    judged = len(report.outcomes) - report.counts["cancelled"]
+    share = "-" if report.attainment is None else f"{report.attainment:.1%}"
+    prompt_rate, output_rate = (report.throughput[f"{kind}_tokens_per_s"] for kind in ("input", "output"))
+    rows = (
+        ("server", f"{report.url}, model {report.model}"),
+        ("requests", f"{len(report.outcomes)} in {report.duration_s:.1f} s"),
+        ("", ", ".join(f"{count} {status}" for status, count in report.counts.items())),
+        ("throughput", f"{report.throughput['request_rps']:.2f} requests/s"),
+        ("", f"{prompt_rate:,.0f} prompt and {output_rate:,.0f} output tokens/s"),
+        ("goodput", f"{report.goodput_rps:.2f} requests/s with {' and '.join(bounds) or 'a full answer'}"),
+        ("attainment", f"{share} ({report.met} of {judged})"),
+    )
+    return [f"{name:<12}{text}" for name, text in rows]
+
+
+def _latency_lines(report: ReplayReport) -> list[str]:
+    names = ("TTFT", "TPOT", "E2E", "max gap", "send lag")
+    lines = ["time in ms" + "".join(f"{column:>10}" for column in Distribution.__slots__)]
+    for name, row in zip(names, report.latencies.values(), strict=True):
+        cells = ["-" if row is None else _ms(getattr(row, column)) for column in Distribution.__slots__]
+        lines.append(f"{name:<10}" + "".join(f"{cell:>10}" for cell in cells))
+    return lines
+
+
+def _error_lines(report: ReplayReport) -> list[str]:
+    if not report.errors:
+        return []
+    shown = [f"{count:>6} x {text}" for text, count in report.errors[:MAX_ERRORS_SHOWN]]
+    more = sum(count for _, count in report.errors[MAX_ERRORS_SHOWN:])
+    return ["", "errors", *shown, *([f"{more:>6} x other errors"] if more else [])]
+
+
+def _ms(time_s: float) -> str:
+    """Milliseconds with about three digits."""
+    time_ms = time_s * 1000
+    return f"{time_ms:,.0f}" if time_ms >= 100 else f"{time_ms:.1f}" if time_ms >= 10 else f"{time_ms:.2f}"

@@ -73,6 +73,7 @@ class InstanceInfo:
         engine_index: position of the instance in the spec, the `engine` label of vLLM's metrics.
         address: ZeroMQ endpoint of its data path, empty before it is READY.
         detail: what it is doing while STARTING, or why it is GONE.
+        hopeless: it is GONE for a reason that will not change, and is not started again.
     """
 
     instance_id: str
@@ -85,6 +86,7 @@ class InstanceInfo:
     pid: int = 0
     facts: EngineFacts | None = None
     detail: str = ""
+    hopeless: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for JSON."""

@@ -91,10 +91,10 @@ class Registry:
         if info.state is InstanceState.READY:
             self._put(replace(info, state=InstanceState.DRAINING))
 
-    def gone(self, instance_id: str, *, incarnation: str, detail: str) -> None:
+    def gone(self, instance_id: str, *, incarnation: str, detail: str, hopeless: bool = False) -> None:
         """The life is over; an event about an earlier life changes nothing."""
         if (info := self._current(instance_id, incarnation)) and info.state is not InstanceState.GONE:
-            self._put(replace(info, state=InstanceState.GONE, address="", detail=detail))
+            self._put(replace(info, state=InstanceState.GONE, address="", detail=detail, hopeless=hopeless))
 
     def _current(self, instance_id: str, incarnation: str) -> InstanceInfo | None:
         info = self._instances[instance_id]

@@ -128,7 +128,7 @@ class Controller:
             except (ServingError, TimeoutError) as error:
                 why = str(error) or f"not ready after {self._spec.deadlines.startup_s:g} s"
             logger.warning("%s (%s) ended: %s", instance_id, incarnation, why)
-            self._registry.gone(instance_id, incarnation=incarnation, detail=why)
+            self._registry.gone(instance_id, incarnation=incarnation, detail=why, hopeless=hopeless)
             await self._announce()
             if hopeless:
                 return

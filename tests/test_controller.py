@@ -107,6 +107,7 @@ async def test_a_failed_start_is_tried_again_and_a_hopeless_one_is_not() -> None
         lambda m: m.instances[0].state is InstanceState.READY and m.instances[1].state is InstanceState.GONE,
     )
     assert membership.instances[1].detail == "no GPU; add one"
+    assert membership.instances[1].hopeless
     assert len(launcher.workers["prefill-0"]) == 2
     assert len(launcher.workers["decode-0"]) == 1
     await controller.stop(1.0)

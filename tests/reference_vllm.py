@@ -1,0 +1,52 @@
+"""A plain, unsplit vLLM engine: what a request's tokens must be. Run as a program, in a process of its own.
+
+    python -m tests.reference_vllm MODEL < requests.json > tokens.json
+
+A request is `{"prompt": [ids], "max_tokens": n}`; the answer is the list of their greedy tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "OMP_NUM_THREADS": "1",
+    "KMP_BLOCKTIME": "0",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+def main() -> None:
+    os.environ.update(ENVIRONMENT)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is no answer
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    requests = json.load(sys.stdin)
+    engine = LLM(
+        model=sys.argv[1],
+        enforce_eager=True,
+        max_model_len=4096,
+        max_num_seqs=128,
+        kv_cache_memory_bytes=256 << 20,
+        distributed_executor_backend="uni",
+    )
+    results = engine.generate(
+        [TokensPrompt(prompt_token_ids=request["prompt"]) for request in requests],
+        [
+            SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True)
+            for request in requests
+        ],
+        use_tqdm=False,
+    )
+    json.dump([list(result.outputs[0].token_ids) for result in results], answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""A cluster of twins in real Ray actors behind Ray Serve: supervision, death, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from cluster.sim_engine import SIM_ENGINE_NAME
+from cluster.spec import ClusterSpec
+from deploy.status import fetch_status
+from deploy.tiny_model_torch import build_tiny_model
+from tests.twins import expected_tokens
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+PORT = 18212
+PROMPT = list(range(100, 160))
+
+
+def twin_spec(model: Path) -> ClusterSpec:
+    return ClusterSpec.model_validate(
+        {
+            "name": "twins",
+            "model": str(model),
+            "served_model_name": "twin",
+            "device": "cpu",
+            "engine": "sim",
+            "engine_options": {"enforce_eager": True, "max_model_len": 4096},
+            "sim": {"step_s": 0.01},
+            "prefill": {"count": 2, "cpus": 0.1},
+            "decode": {"count": 2, "cpus": 0.1},
+            "ingress": {"port": PORT, "cpus": 0},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def url(model: Path) -> Iterator[str]:
+    from deploy.ray_up import serving
+
+    before = {p.pid for p in psutil.process_iter() if p.name() == "haproxy"}
+    with serving(twin_spec(model), say=print) as at:
+        yield at
+    left = {p.pid for p in psutil.process_iter() if p.name() == "haproxy"} - before
+    assert not left, "HAProxy outlived the cluster"
+    assert not any(
+        "twins" in " ".join(p.cmdline()) for p in psutil.process_iter() if p.name().startswith("ray::")
+    )
+
+
+@pytest.fixture
+async def client(url: str) -> Any:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+async def complete(client: Any, count: int, prompt: list[int] = PROMPT) -> list[int]:
+    tokens: list[int] = []
+    stream = await client.completions.create(
+        model="twin", prompt=prompt, max_tokens=count, stream=True, temperature=0,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )  # fmt: skip
+    async for chunk in stream:
+        tokens += chunk.choices[0].model_extra["token_ids"] or []
+    return tokens
+
+
+def rows(url: str) -> dict[str, dict[str, Any]]:
+    return {row["instance_id"]: row for row in fetch_status(url)["instances"]}
+
+
+async def wait_ready(url: str) -> None:
+    async with asyncio.timeout(30):
+        while not all(
+            row["reachable"] and row["state"] == "ready"
+            for row in (await asyncio.to_thread(rows, url)).values()
+        ):
+            await asyncio.sleep(0.1)
+
+
+async def test_twins_serve_behind_the_same_front_end(url: str, client: Any) -> None:
+    answers = await asyncio.gather(*(complete(client, 20, [100 + n] * 30) for n in range(40)))
+    assert answers == [expected_tokens([100 + n] * 30, 20) for n in range(40)]
+    status = await asyncio.to_thread(fetch_status, url)
+    assert status["pending"] == status["in_engines"] == 0
+    assert {row["facts"]["fingerprint"]["engine"] for row in status["instances"]} == {SIM_ENGINE_NAME}
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_killed_instance_is_replaced_and_its_streams_go_on(url: str, client: Any, role: str) -> None:
+    await wait_ready(url)
+    streams = [asyncio.create_task(complete(client, 150, [200 + n] * 40)) for n in range(8)]
+    await asyncio.sleep(0.5)
+    victim = (await asyncio.to_thread(rows, url))[f"{role}-0"]
+    os.kill(victim["pid"], signal.SIGKILL)
+    assert await asyncio.gather(*streams) == [expected_tokens([200 + n] * 40, 150) for n in range(8)]
+    await wait_ready(url)
+    again = (await asyncio.to_thread(rows, url))[f"{role}-0"]
+    assert again["incarnation"] != victim["incarnation"]
+
+
+async def test_a_stopped_instance_is_noticed_without_its_connection_closing(url: str, client: Any) -> None:
+    """SIGSTOP: the process is there, its socket open, but nothing comes."""
+    await wait_ready(url)
+    before = await asyncio.to_thread(rows, url)
+    os.kill(before["decode-0"]["pid"], signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        answers = await asyncio.gather(*(complete(client, 30, [300 + n] * 40) for n in range(4)))
+        assert answers == [expected_tokens([300 + n] * 40, 30) for n in range(4)]
+        assert time.monotonic() - began < 20
+    finally:
+        os.kill(before["decode-0"]["pid"], signal.SIGCONT)
+    await wait_ready(url)
+
+
+async def test_the_cluster_outlives_its_controller(url: str, client: Any) -> None:
+    await wait_ready(url)
+    before = await asyncio.to_thread(rows, url)
+    controller = next(p for p in psutil.process_iter() if p.name().startswith("ray::Controll"))
+    controller.send_signal(signal.SIGKILL)
+    async with asyncio.timeout(60):
+        while True:
+            after = await asyncio.to_thread(rows, url)
+            fresh = all(
+                after[i]["reachable"] and after[i]["incarnation"] != before[i]["incarnation"] for i in after
+            )
+            if fresh:
+                break
+            await asyncio.sleep(0.1)
+    assert await complete(client, 10) == expected_tokens(PROMPT, 10)
+
+
+def test_a_cluster_that_goes_down_lets_streams_end(model: Path, url: str) -> None:
+    """Last: takes the cluster of this module down in mid-stream."""
+    from ray import serve
+
+    async def scenario() -> list[int]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            await wait_ready(url)
+            stream = asyncio.create_task(complete(client, 200))
+            await asyncio.sleep(0.5)
+            deleting = asyncio.create_task(asyncio.to_thread(serve.delete, "twins"))
+            tokens = await stream
+            await deleting
+            return tokens
+
+    assert asyncio.run(scenario()) == expected_tokens(PROMPT, 200)

@@ -1,0 +1,369 @@
+"""The whole thing for real: vLLM engines on the CPU, NIXL, Ray Serve with HAProxy, the OpenAI API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from cluster.spec import ClusterSpec, load_spec
+from deploy.status import fetch_status
+from deploy.tiny_model_torch import build_tiny_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parent.parent
+PORT = 18211
+
+
+def cluster_spec(model: Path, decode: int) -> ClusterSpec:
+    spec = load_spec(ROOT / "deploy" / "specs" / "cpu.yaml", {"model": str(model), "name": "test"})
+    return spec.model_copy(
+        update={
+            "decode": spec.decode.model_copy(update={"count": decode, "cpus": 0.5}),
+            "ingress": spec.ingress.model_copy(update={"port": PORT}),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def mixed_requests() -> list[dict[str, Any]]:
+    """200 requests, 1 to 1,500 tokens in, 1 to 64 out."""
+    rng = random.Random(7)
+    lengths = [1, 2, 127, 128, 129, 255, 256, 257, 1500] + [
+        min(1500, max(1, int(rng.lognormvariate(4.5, 1.4)))) for _ in range(191)
+    ]
+    return [
+        {
+            "prompt": [rng.randrange(100, 4000) for _ in range(length)],
+            "max_tokens": rng.randint(1, 64),
+        }
+        for length in lengths
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path, mixed_requests: list[dict[str, Any]]) -> list[list[int]]:
+    """Tokens of a plain vLLM engine, before the cluster takes the cores."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "tests.reference_vllm", str(model)],
+        input=json.dumps(mixed_requests),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    tokens: list[list[int]] = json.loads(answer.stdout)
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def url(model: Path, reference: list[list[int]]) -> Iterator[str]:
+    """A cluster with one prefill and two decode instances."""
+    from deploy.ray_up import serving
+
+    with serving(cluster_spec(model, decode=2), say=print) as at:
+        yield at
+
+
+@pytest.fixture
+async def client(url: str) -> Any:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def metric(url: str, name: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+async def kv_empty(url: str, deadline_s: float) -> None:
+    """No engine holds a block for a request, no request is pending."""
+    async with asyncio.timeout(deadline_s):
+        while True:
+            status = await asyncio.to_thread(fetch_status, url)
+            usage = await asyncio.to_thread(metric, url, "vllm:kv_cache_usage_perc")
+            if status["pending"] == status["in_engines"] == 0 and usage == 0.0:
+                return
+            await asyncio.sleep(0.2)
+
+
+async def complete(client: Any, request: dict[str, Any], *, stream: bool) -> list[int]:
+    arguments = {
+        "model": "tiny",
+        "prompt": request["prompt"],
+        "max_tokens": request["max_tokens"],
+        "temperature": 0.0,
+        "stream": stream,
+        "extra_body": {"ignore_eos": True, "return_token_ids": True},
+    }
+    if not stream:
+        answer = await client.completions.create(**arguments)
+        return list(answer.choices[0].model_extra["token_ids"])
+    tokens: list[int] = []
+    async for chunk in await client.completions.create(**arguments):
+        tokens += chunk.choices[0].model_extra["token_ids"] or []
+    return tokens
+
+
+async def test_the_split_changes_no_token(
+    url: str, client: Any, mixed_requests: list[dict[str, Any]], reference: list[list[int]]
+) -> None:
+    slots = asyncio.Semaphore(32)
+
+    async def one(index: int) -> list[int]:
+        async with slots:
+            return await complete(client, mixed_requests[index], stream=index % 2 == 0)
+
+    moved_before = metric(url, "pdserve_kv_tokens_moved_total")
+    tokens = await asyncio.gather(*(one(i) for i in range(len(mixed_requests))))
+    differing = [i for i, (got, right) in enumerate(zip(tokens, reference, strict=True)) if got != right]
+    assert differing == []
+    block = 128
+    full_blocks = sum(len(r["prompt"]) // block * block for r in mixed_requests if r["max_tokens"] > 1)
+    moved = metric(url, "pdserve_kv_tokens_moved_total") - moved_before
+    assert moved >= 0.95 * full_blocks
+    assert metric(url, "pdserve_kv_tokens_recomputed_total") == 0
+    await kv_empty(url, 5.0)
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CHAT = [{"role": "user", "content": "How is the weather?"}]
+
+
+async def test_chat_streamed_and_whole_agree(client: Any) -> None:
+    whole = await client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=24, temperature=0)
+    stream = await client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=24, temperature=0, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    chunks = [chunk async for chunk in stream]
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 24
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+
+
+async def test_a_named_tool_is_called_with_arguments_of_its_schema(client: Any) -> None:
+    answer = await client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=64, tools=[TOOL],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+    )  # fmt: skip
+    call = answer.choices[0].message.tool_calls[0]
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+
+
+async def test_json_schema(client: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "warm": {"type": "boolean"}},
+        "required": ["city", "warm"],
+        "additionalProperties": False,
+    }
+    answer = await client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=100, temperature=0.8,
+        response_format={"type": "json_schema", "json_schema": {"name": "weather", "schema": schema}},
+    )  # fmt: skip
+    assert set(json.loads(answer.choices[0].message.content)) == {"city", "warm"}
+
+
+async def test_logprobs_of_every_token_and_of_the_prompt(client: Any) -> None:
+    answer = await client.chat.completions.create(
+        model="tiny", messages=CHAT, max_tokens=6, temperature=0, logprobs=True, top_logprobs=2
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 6
+    assert all(len(entry.top_logprobs) >= 2 and entry.logprob <= 0 for entry in content)
+    echoed = await client.completions.create(
+        model="tiny", prompt="one two three", max_tokens=4, temperature=0, echo=True, logprobs=1
+    )
+    assert len(echoed.choices[0].logprobs.token_logprobs) == echoed.usage.total_tokens
+
+
+async def test_the_same_seed_gives_the_same_tokens_and_another_does_not(client: Any) -> None:
+    async def sample(seed: int) -> str:
+        answer = await client.completions.create(
+            model="tiny", prompt="Once", max_tokens=20, temperature=1.0, seed=seed
+        )
+        return str(answer.choices[0].text)
+
+    first, again, other = await asyncio.gather(sample(1), sample(1), sample(2))
+    assert first == again != other
+
+
+async def test_n_choices(client: Any) -> None:
+    answer = await client.completions.create(
+        model="tiny", prompt="Once", max_tokens=8, temperature=1.0, n=3, seed=5
+    )
+    assert len({choice.text for choice in answer.choices}) > 1
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+
+
+async def test_stop_strings_and_penalties(client: Any) -> None:
+    plain = await client.completions.create(model="tiny", prompt="Once", max_tokens=30, temperature=0)
+    text = plain.choices[0].text
+    stop = text[10:14]
+    answer = await client.completions.create(
+        model="tiny", prompt="Once", max_tokens=30, temperature=0, stop=[stop]
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text == text[: text.index(stop)]
+    penalised = await client.completions.create(
+        model="tiny", prompt="Once", max_tokens=30, temperature=0, frequency_penalty=1.5, presence_penalty=1.0
+    )
+    assert penalised.usage.completion_tokens == 30
+
+
+async def test_responses_and_tokenize(url: str, client: Any) -> None:
+    answer = await client.responses.create(model="tiny", input="Hello", max_output_tokens=12, temperature=0)
+    assert answer.output_text
+
+    def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            url + path, json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            result: dict[str, Any] = json.load(reply)
+            return result
+
+    tokens = (await asyncio.to_thread(post, "/tokenize", {"model": "tiny", "prompt": "a b c"}))["tokens"]
+    back = await asyncio.to_thread(post, "/detokenize", {"model": "tiny", "tokens": tokens})
+    assert back["prompt"].endswith("a b c")
+    assert [m.id for m in (await client.models.list()).data] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        ({"prompt": [200] * 5000, "max_tokens": 4}, 400, "maximum context length"),
+        ({"prompt": "x", "model": "nobody"}, 404, "nobody"),
+        ({"prompt": "x", "temperature": -3}, 400, "temperature"),
+        ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+    ],
+)
+async def test_a_bad_request_is_answered_in_vllms_words(
+    client: Any, arguments: dict[str, Any], status: int, says: str
+) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        await client.completions.create(**{"model": "tiny", **arguments})
+    assert caught.value.status_code == status
+    assert says in caught.value.message
+
+
+async def test_malformed_json_is_a_400(url: str) -> None:
+    request = urllib.request.Request(
+        f"{url}/v1/completions", b'{"prompt": ', {"content-type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        await asyncio.to_thread(urllib.request.urlopen, request, timeout=10)
+    assert caught.value.code == 400
+    assert "error" in json.load(caught.value)
+
+
+async def test_clients_that_leave_free_both_sides(url: str, client: Any) -> None:
+    """500 requests, a fifth of them cancelled at a random time."""
+    rng = random.Random(11)
+    slots = asyncio.Semaphore(48)
+
+    async def one(cancel: bool) -> str:
+        request = {
+            "prompt": [rng.randrange(100, 4000) for _ in range(rng.choice([5, 60, 300, 900]))],
+            "max_tokens": rng.randint(2, 40),
+        }
+        async with slots:
+            task = asyncio.create_task(complete(client, request, stream=rng.random() < 0.5))
+            if not cancel:
+                return "ok" if len(await task) == request["max_tokens"] else "short"
+            await asyncio.sleep(rng.random() * 0.4)
+            task.cancel()
+            await asyncio.wait([task])
+            return "cancelled"
+
+    outcomes = await asyncio.gather(*(one(number % 5 == 0) for number in range(500)))
+    assert outcomes.count("ok") == 400
+    assert outcomes.count("cancelled") == 100
+    await kv_empty(url, 30.0)
+
+
+def decode_instances(url: str) -> list[dict[str, Any]]:
+    return [row for row in fetch_status(url)["instances"] if row["role"] == "decode"]
+
+
+async def wait_ready(url: str, deadline_s: float) -> None:
+    async with asyncio.timeout(deadline_s):
+        while not all(
+            row["reachable"] and row["state"] == "ready"
+            for row in (await asyncio.to_thread(fetch_status, url))["instances"]
+        ):
+            await asyncio.sleep(0.2)
+
+
+async def test_a_killed_decode_instance_is_not_noticed_by_its_clients(url: str, client: Any) -> None:
+    await wait_ready(url, 60)
+    requests = [{"prompt": [300 + i] * 50, "max_tokens": 400} for i in range(4)]
+    right = await asyncio.gather(*(complete(client, r, stream=False) for r in requests))
+    streams = [asyncio.create_task(complete(client, r, stream=True)) for r in requests]
+    busy = None
+    while busy is None:
+        await asyncio.sleep(0.02)
+        rows = await asyncio.to_thread(decode_instances, url)
+        busy = next((row for row in rows if row["outstanding_requests"]), None)
+    await asyncio.sleep(0.15)
+    os.kill(busy["pid"], signal.SIGKILL)
+    assert await asyncio.gather(*streams) == right
+    await wait_ready(url, 60)
+    assert metric(url, "pdserve_request_moves_total") >= 1
+
+
+async def test_with_no_decode_instance_left_the_error_is_typed_and_quick(url: str, client: Any) -> None:
+    await wait_ready(url, 60)
+    request = {"prompt": [777] * 40, "max_tokens": 2000}
+    stream = asyncio.create_task(complete(client, request, stream=True))
+    await asyncio.sleep(0.5)
+    for row in await asyncio.to_thread(decode_instances, url):
+        os.kill(row["pid"], signal.SIGKILL)
+    killed = time.monotonic()
+    with pytest.raises(openai.APIError, match="no decode instance is ready"):
+        await stream
+    assert time.monotonic() - killed < 2.0
+    with pytest.raises(openai.APIStatusError) as caught:
+        await complete(client, request, stream=False)
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["x-pdserve-reason"] == "rejected-no-endpoints"
+    assert caught.value.response.headers["retry-after"] == "1"
+    await wait_ready(url, 90)
+    assert len(await complete(client, {"prompt": [5, 6, 7], "max_tokens": 3}, stream=False)) == 3
+    await kv_empty(url, 35.0)

@@ -1,6 +1,6 @@
 """Ends an engine's process when the process that started it is gone.
 
-vLLM's engine and worker processes outlive a parent that was killed, and keep its GPU memory and its peers' blocks.
+vLLM's engine and worker processes outlive a parent that was killed, and keep its memory and peers' blocks.
 """
 
 from __future__ import annotations

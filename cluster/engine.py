@@ -21,9 +21,6 @@ class EngineDied(ServingError):
 
     detail: str
 
-    def __init__(self, *, detail: str) -> None:
-        super().__init__(detail=detail)
-
     def describe(self) -> str:
         return f"the engine died: {self.detail}"
 

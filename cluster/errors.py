@@ -6,13 +6,16 @@ from those facts, so it crosses a Ray actor as itself.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import inspect
+from typing import Any, ClassVar, dataclass_transform
 
 
+@dataclass_transform(kw_only_default=True)
 class ServingError(Exception):
-    """Base of the tree.
+    """Base of the tree. A subclass annotates its facts; they are its keyword arguments and attributes.
 
     Attributes:
+        facts: the facts by name.
         retryable: whether the same request may succeed if sent again.
         http_status: status of the response when the error ends a request.
         reason: short name for the `x-pdserve-reason` header and the metric label.
@@ -23,8 +26,11 @@ class ServingError(Exception):
     reason: ClassVar[str] = "internal"
 
     def __init__(self, **facts: Any) -> None:
-        self.facts = facts
-        for name, value in facts.items():
+        names = [name for name in inspect.get_annotations(type(self)) if name not in _CLASS_FACTS]
+        self.facts = {name: facts.pop(name) if name in facts else getattr(type(self), name) for name in names}
+        if facts:
+            raise TypeError(f"{type(self).__name__} has no fact {', '.join(facts)}")
+        for name, value in self.facts.items():
             setattr(self, name, value)
         super().__init__(self.describe())
 
@@ -34,6 +40,9 @@ class ServingError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.facts)
+
+
+_CLASS_FACTS = ("retryable", "http_status", "reason")
 
 
 def _rebuild(kind: type[ServingError], facts: dict[str, Any]) -> ServingError:
@@ -54,9 +63,6 @@ class SpecError(ServingError):
     value: object
     allowed: str
 
-    def __init__(self, *, file: str, path: str, value: object, allowed: str) -> None:
-        super().__init__(file=file, path=path, value=value, allowed=allowed)
-
     def describe(self) -> str:
         return f"{self.file}: {self.path or '(top level)'}: {self.value!r} is not allowed; {self.allowed}"
 
@@ -68,9 +74,6 @@ class EnvironmentProblem(ServingError):
 
     problem: str
     remedy: str
-
-    def __init__(self, *, problem: str, remedy: str) -> None:
-        super().__init__(problem=problem, remedy=remedy)
 
     def describe(self) -> str:
         return f"{self.problem}; {self.remedy}"
@@ -85,9 +88,6 @@ class IncompatiblePeer(ServingError):
     theirs: object
     instance: str
 
-    def __init__(self, *, ours: object, theirs: object, instance: str) -> None:
-        super().__init__(ours=ours, theirs=theirs, instance=instance)
-
     def describe(self) -> str:
         return f"instance {self.instance} does not fit: it has {self.theirs}, the cluster has {self.ours}"
 
@@ -100,10 +100,7 @@ class NoInstance(ServingError):
     reason = "rejected-no-endpoints"
 
     role: str
-    detail: str
-
-    def __init__(self, *, role: str, detail: str = "") -> None:
-        super().__init__(role=role, detail=detail)
+    detail: str = ""
 
     def describe(self) -> str:
         return f"no {self.role} instance is ready{': ' + self.detail if self.detail else ''}"
@@ -118,9 +115,6 @@ class InstanceLost(ServingError):
 
     instance: str
     stage: str
-
-    def __init__(self, *, instance: str, stage: str) -> None:
-        super().__init__(instance=instance, stage=stage)
 
     def describe(self) -> str:
         return f"instance {self.instance} was lost in stage {self.stage}"
@@ -137,9 +131,6 @@ class StageTimeout(ServingError):
     instance: str
     deadline_s: float
 
-    def __init__(self, *, stage: str, instance: str, deadline_s: float) -> None:
-        super().__init__(stage=stage, instance=instance, deadline_s=deadline_s)
-
     def describe(self) -> str:
         return f"stage {self.stage} on {self.instance} made no progress for {self.deadline_s:g} s"
 
@@ -154,9 +145,6 @@ class EngineFailure(ServingError):
     instance: str
     stage: str
     detail: str
-
-    def __init__(self, *, instance: str, stage: str, detail: str) -> None:
-        super().__init__(instance=instance, stage=stage, detail=detail)
 
     def describe(self) -> str:
         return f"engine {self.instance} failed the request in stage {self.stage}: {self.detail}"
@@ -185,9 +173,6 @@ class ReplayDiverged(ServingError):
 
     position: int
     instance: str
-
-    def __init__(self, *, position: int, instance: str) -> None:
-        super().__init__(position=position, instance=instance)
 
     def describe(self) -> str:
         return f"after a failure, {self.instance} generated another token than was sent at {self.position}"

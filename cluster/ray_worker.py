@@ -77,8 +77,5 @@ class StartFailed(ServingError):
 
     detail: str
 
-    def __init__(self, *, detail: str) -> None:
-        super().__init__(detail=detail)
-
     def describe(self) -> str:
         return f"the engine did not start: {self.detail}"

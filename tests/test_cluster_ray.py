@@ -38,7 +38,7 @@ def twin_spec(model: Path) -> ClusterSpec:
             "sim": {"step_s": 0.01},
             "prefill": {"count": 2, "cpus": 0.1},
             "decode": {"count": 2, "cpus": 0.1},
-            "ingress": {"port": PORT, "cpus": 0},
+            "ingress": {"port": PORT, "cpus": 0, "replicas": 2},
         }
     )
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import uvloop
 
 from benchmarks.load import stream_load
 
@@ -307,7 +308,7 @@ def main() -> None:
         "serve-ingress": lambda model, port, *addresses: serve_ingress(model, int(port), list(addresses)),
     }
     if len(sys.argv) > 1 and sys.argv[1] in roles:
-        asyncio.run(roles[sys.argv[1]](*sys.argv[2:]))
+        uvloop.run(roles[sys.argv[1]](*sys.argv[2:]))  # the loop that vLLM's server runs on
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

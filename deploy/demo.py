@@ -17,7 +17,7 @@ import aiohttp
 from cluster.errors import ServingError, SpecError
 from cluster.request import Slo
 from cluster.spec import load_spec
-from deploy.model_store import tiny_model_ready
+from deploy.model_store import holds_foreign_checkpoint, tiny_model_ready, tiny_recipe
 from deploy.replay import ReplayOptions, replay
 from deploy.replay_command import progress_line
 from deploy.replay_report import ReplayReport
@@ -75,7 +75,7 @@ def _demo(model: Path, port: int) -> int:
 
 def _prepare_model(model: Path) -> bool:
     """Build the tiny model unless there is one; returns whether its weights are random."""
-    if (model / "config.json").is_file() and not (model / "pdserve_model.json").is_file():
+    if holds_foreign_checkpoint(model, tiny_recipe()):
         _say(f"{model}")
         return False
     if not tiny_model_ready(model):
@@ -89,7 +89,8 @@ def _prepare_model(model: Path) -> bool:
 async def _chat(url: str, model: str) -> None:
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": "Write one sentence about the sea."}],
+        "messages": [{"role": "user", "content": "What is the capital of Germany?"}],
+        "stop": ["\nUser:"],  # a base model goes on with the next question
         "max_tokens": 40,
         "temperature": 0,
     }

@@ -63,6 +63,13 @@ def gemma_model_ready(directory: Path) -> bool:
     return model_ready(directory, gemma_recipe())
 
 
+def holds_foreign_checkpoint(directory: Path, recipe: ModelRecipe) -> bool:
+    """Return whether `directory` holds a checkpoint that `recipe` did not make: a user's own, say."""
+    marker = _read_marker(directory)
+    ours = marker is not None and marker.recipe.name == recipe.name
+    return not ours and (directory / "config.json").is_file()
+
+
 def model_ready(directory: Path, recipe: ModelRecipe) -> bool:
     """Return whether `directory` holds a complete model of `recipe`.
 
@@ -78,15 +85,16 @@ def model_ready(directory: Path, recipe: ModelRecipe) -> bool:
 def new_model(directory: Path, recipe: ModelRecipe) -> Iterator[Path]:
     """Yield an empty directory to write a model of `recipe` into; at the end it becomes `directory`.
 
-    A directory with our marker (an older recipe, another seed, an incomplete copy) is replaced. If the block
+    A directory with a marker of this recipe's name (an older version, another seed, an incomplete copy) is
+    replaced. If the block
     raises, what it wrote is removed and `directory` is as before. A process that is killed leaves a hidden
     sibling `.NAME.*.partial` behind, which may be deleted.
 
     Raises:
-        ValueError: `directory` is a file, or has contents that are not ours.
+        ValueError: `directory` is a file, or has contents that this recipe did not make.
     """
     directory = directory.resolve()
-    _refuse_foreign(directory)
+    _refuse_foreign(directory, recipe)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()
@@ -99,14 +107,16 @@ def new_model(directory: Path, recipe: ModelRecipe) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refuse_foreign(directory: Path) -> None:
-    if not directory.exists():
+def _refuse_foreign(directory: Path, recipe: ModelRecipe) -> None:
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
-    if directory.is_dir() and (_read_marker(directory) is not None or not any(directory.iterdir())):
+    marker = _read_marker(directory)
+    if marker is not None and marker.recipe.name == recipe.name:
         return
+    holds = "was not written by pdserve" if marker is None else f"holds the model {marker.recipe.name!r}"
     raise ValueError(
-        f"{directory} exists and was not written by pdserve (it has no valid {MARKER_FILE}): "
-        "name another directory for the model, or remove this one first"
+        f"{directory} exists and {holds}: name another directory for the model {recipe.name!r}, "
+        "or remove this one first"
     )
 
 
@@ -114,7 +124,7 @@ def _publish(partial: Path, directory: Path, recipe: ModelRecipe) -> None:
     """Put `partial` in the place of `directory`; a process that did the same first wins."""
     if model_ready(directory, recipe):
         return
-    _refuse_foreign(directory)
+    _refuse_foreign(directory, recipe)
     replaced = partial.with_suffix(".replaced")
     # A rename takes the place of an empty directory, but not of one with contents: that must move aside.
     if _read_marker(directory) is not None:

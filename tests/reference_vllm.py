@@ -31,6 +31,7 @@ def main() -> None:
     requests = json.load(sys.stdin)
     engine = LLM(
         model=sys.argv[1],
+        dtype="float32",
         enforce_eager=True,
         max_model_len=4096,
         max_num_seqs=128,

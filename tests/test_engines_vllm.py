@@ -25,6 +25,7 @@ from cluster import vllm_api, wire
 from cluster.handle import KvHandle, handle_of, keep_for_reader
 from cluster.vllm_engine import VLLM_ENGINE_NAME
 from deploy.tiny_model_torch import build_tiny_model
+from tests.hybrid_model_torch import WINDOW, build_hybrid_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -214,12 +215,23 @@ async def check_idle(*processes: Process) -> None:
     assert (used() - before) / 3.0 < 0.5
 
 
+async def test_hybrid_kv_groups(tmp_path: Path) -> None:
+    """Sliding-window layers keep only their window's blocks; prompts here are up to six windows long."""
+    async with pair(build_hybrid_model(tmp_path), "thread") as (prefill, decode):
+        groups = await decode.call("get_kv_cache_group_metadata")
+        assert {group["sliding_window"] for group in groups} == {None, WINDOW}
+        await check_hand_off(prefill, decode)
+        await check_release(prefill)
+
+
 @pytest.mark.parametrize("engine_process", ["thread", "own"])
 async def test_a_pair_of_engines(model: Path, engine_process: str) -> None:
     async with pair(model, engine_process) as (prefill, decode):
         assert prefill.facts["fingerprint"] == decode.facts["fingerprint"]
         assert prefill.facts["fingerprint"]["block_size_tokens"] == BLOCK
-        assert prefill.facts["kv_bytes_per_token"] == 2 * 4 * 4 * 32 * 2  # K and V, layers, heads, size, bf16
+        assert (
+            prefill.facts["kv_bytes_per_token"] == 2 * 4 * 4 * 32 * 4
+        )  # K and V, layers, heads, size, bytes
         await check_hand_off(prefill, decode)
         await check_part_of_the_prompt_cached(prefill, decode)
         await check_release(prefill)

@@ -13,6 +13,7 @@ from deploy.model_store import (
     ModelRecipe,
     gemma_model_ready,
     gemma_recipe,
+    holds_foreign_checkpoint,
     model_ready,
     new_model,
     tiny_model_ready,
@@ -54,7 +55,6 @@ def test_nothing_is_visible_before_the_end(tmp_path: Path) -> None:
         ModelRecipe(name="toy", version=4, seed=7),
         ModelRecipe(name="toy", version=3, seed=8),
         ModelRecipe(name="toy", version=3),
-        ModelRecipe(name="plaything", version=3, seed=7),
     ],
 )
 def test_another_recipe_is_not_ready_and_replaces(tmp_path: Path, other: ModelRecipe) -> None:
@@ -98,10 +98,32 @@ def test_a_foreign_directory_is_refused_and_kept(tmp_path: Path, marker: str | N
     (tmp_path / "thesis.tex").write_text("years of work")
     if marker is not None:
         (tmp_path / MARKER_FILE).write_text(marker)
-    with pytest.raises(ValueError, match="name another directory for the model, or remove this one"):
+    with pytest.raises(ValueError, match="name another directory for the model 'toy', or remove this one"):
         build(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert not model_ready(tmp_path, RECIPE)
+
+
+def test_a_model_of_another_name_is_refused_and_kept(tmp_path: Path) -> None:
+    build(tmp_path / "toy")
+    with (
+        pytest.raises(ValueError, match="holds the model 'toy'"),
+        new_model(tmp_path / "toy", ModelRecipe(name="other", version=3)),
+    ):
+        pass
+    assert model_ready(tmp_path / "toy", RECIPE)
+
+
+def test_a_checkpoint_of_ones_own_is_foreign_and_ours_is_not(tmp_path: Path) -> None:
+    build(tmp_path / "toy")
+    own = tmp_path / "own"
+    own.mkdir()
+    assert not holds_foreign_checkpoint(own, RECIPE)
+    (own / "config.json").write_text("{}")
+    assert holds_foreign_checkpoint(own, RECIPE)
+    assert not holds_foreign_checkpoint(tmp_path / "toy", RECIPE)
+    (tmp_path / "toy" / "config.json").write_text("{}")
+    assert holds_foreign_checkpoint(tmp_path / "toy", ModelRecipe(name="other", version=3))
 
 
 def test_contents_that_appear_during_the_build_are_kept(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ async def main() -> None:
             "device": "cpu",
             "engine_process": engine_process,
             "engine_options": {
+                "dtype": "float32",
                 "enforce_eager": True,
                 "max_model_len": 4096,
                 "max_num_seqs": 32,

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from typing import Any
 import psutil
 
 from benchmarks.load import stream_load
+from deploy.replay import ReplayOptions, replay
+from deploy.trace_shapes import conversation_like
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 18310
@@ -122,12 +125,22 @@ def load(concurrency: int, requests: int, prompt: int, output: int, seed: int) -
     )  # fmt: skip
 
 
+def soak(seed: int) -> str:
+    """500 requests of mixed length, a fifth of them cancelled at a random time; returns how they ended."""
+    workload = conversation_like(500, rate_rps=50.0, max_input=1500, max_output=64, rng=random.Random(seed))
+    report = asyncio.run(
+        replay(URL, workload, ReplayOptions(cancel_share=0.2, cancel_within_s=0.1, seed=seed))
+    )
+    return ", ".join(f"{count} {status}" for status, count in report.counts.items() if count)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=".cache/models/tiny")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--soaks", type=int, default=0, help="rounds of 500 requests with cancellations")
     args = parser.parse_args()
     with cluster(args.model) as running:
         first_token_s = wait_serving(running)
@@ -148,6 +161,9 @@ def main() -> None:
             print(f"alone: TTFT p50 {ttft_s * 1e3:.1f} ms, TPOT {tpot_s * 1e3:.2f} ms")
             many = load(128, 384, 64, 128, seed=100 + number)
             print(f"128 streams: {many.tokens / many.wall_s:,.0f} output tokens/s")
+        for number in range(args.soaks):
+            print(f"soak: {soak(number)}")
+            print("memory:       ", {name: round(mb) for name, mb in running.rss_mb().items()})
         print("memory after: ", {name: round(mb) for name, mb in running.rss_mb().items()})
 
 

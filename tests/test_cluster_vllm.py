@@ -32,6 +32,7 @@ def cluster_spec(model: Path, decode: int) -> ClusterSpec:
     spec = load_spec(ROOT / "deploy" / "specs" / "cpu.yaml", {"model": str(model), "name": "test"})
     return spec.model_copy(
         update={
+            "engine_options": {**spec.engine_options, "dtype": "float32"},
             "decode": spec.decode.model_copy(update={"count": decode, "cpus": 0.5}),
             "ingress": spec.ingress.model_copy(update={"port": PORT}),
         }

@@ -33,8 +33,8 @@ class Engine(Protocol):
         """Load the model and be ready; `progress` is told each phase."""
         ...
 
-    def add(self, frames: Frames) -> str:
-        """Decode and accept a request; returns its id. Raises ValueError for one that can't be decoded."""
+    def add(self, frames: Frames) -> None:
+        """Decode and accept a request. Raises for one that can't be decoded."""
         ...
 
     def abort(self, request_ids: list[str]) -> None:

@@ -45,12 +45,3 @@ def handle_of(params: Mapping[str, Any] | None) -> KvHandle | None:
     return KvHandle(
         request_id=params["remote_request_id"], tokens=int(params["remote_num_tokens"]), params=params
     )
-
-
-def readable_tokens(remote_tokens: int, prompt_tokens: int) -> int:
-    """Tokens of KV to read for a prompt: all but its last token, which the reader computes to get logits.
-
-    vLLM's stock connector asks for the whole prompt; after a hand-off with a first token that is one token
-    more than the source holds, and an assertion at block boundaries.
-    """
-    return min(remote_tokens, prompt_tokens - 1)

@@ -99,18 +99,16 @@ class EngineHost:
     async def _receive(self) -> None:
         assert self._socket is not None
         while True:
-            ingress, kind, *frames = await self._socket.recv_multipart(copy=False)
+            ingress, *frames = [f.buffer for f in await self._socket.recv_multipart(copy=False)]
             try:
-                await self._handle(bytes(ingress.buffer), bytes(kind.buffer), [f.buffer for f in frames])
-            except (msgspec.DecodeError, ValueError, TypeError) as error:
-                logger.error("dropped a message of kind %r that can't be read: %s", bytes(kind.buffer), error)
+                await self._handle(bytes(ingress), bytes(frames[0]), frames[1:])
+            except (msgspec.DecodeError, LookupError, ValueError, TypeError) as error:
+                logger.error("dropped a message that can't be read: %s", error)
 
     async def _handle(self, ingress: bytes, kind: bytes, frames: list[Any]) -> None:
         match kind:
             case wire.ADD:
-                request_id = self._engine.add(frames)
-                self._owner[request_id] = ingress
-                self._idle.clear()
+                await self._add(ingress, bytes(frames[0]).decode(), frames[1:])
             case wire.ABORT:
                 request_ids = msgspec.msgpack.decode(frames[0], type=list[str])
                 self._engine.abort(request_ids)
@@ -128,6 +126,17 @@ class EngineHost:
                 self._drop(ingress, "it said goodbye")
             case _:
                 raise ValueError(f"unknown kind {kind!r}")
+
+    async def _add(self, ingress: bytes, request_id: str, frames: list[Any]) -> None:
+        try:
+            self._engine.add(frames)
+        except Exception as error:  # whatever is wrong with it, its client must hear of it
+            logger.exception("request %s can't be taken", request_id)
+            refusal = wire.Unreadable(request_id=request_id, why=f"{type(error).__name__}: {error}")
+            await self._send(ingress, [wire.UNREADABLE, wire.pack(refusal)])
+            return
+        self._owner[request_id] = ingress
+        self._idle.clear()
 
     async def _greet(self, ingress: bytes, hello: wire.Hello) -> None:
         ours = wire.Hello(wire_version=wire.WIRE_VERSION, engine=self._engine_name, ingress=hello.ingress)

@@ -73,7 +73,7 @@ class InstanceInfo:
         engine_index: position of the instance in the spec, the `engine` label of vLLM's metrics.
         address: ZeroMQ endpoint of its data path, empty before it is READY.
         detail: what it is doing while STARTING, or why it is GONE.
-        hopeless: it is GONE for a reason that will not change, and is not started again.
+        hopeless: `reason` of the error when it is GONE for one that will not change; it is not started again.
     """
 
     instance_id: str
@@ -86,7 +86,7 @@ class InstanceInfo:
     pid: int = 0
     facts: EngineFacts | None = None
     detail: str = ""
-    hopeless: bool = False
+    hopeless: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for JSON."""

@@ -16,7 +16,7 @@ class IngressMetrics:
         self.requests = Counter(
             "pdserve_requests", "Requests that ended, by outcome", ["outcome"], registry=registry
         )
-        self.retries = Counter(
+        self.moves = Counter(
             "pdserve_request_moves",
             "Requests moved to other instances after a failure",
             ["cause", "stage"],
@@ -43,9 +43,10 @@ class IngressMetrics:
             "Handles released because nobody would read them",
             registry=registry,
         )
-        self.transfer_seconds = Histogram(
-            "pdserve_transfer_seconds",
-            "From the hand-over to the first token of the decode instance",
+        self.stage_seconds = Histogram(
+            "pdserve_stage_seconds",
+            "Prefill: from its sending to its token; transfer: from the hand-over to the first decoded token",
+            ["stage"],
             buckets=_STAGE_BUCKETS_S,
             registry=registry,
         )

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.errors import EnvironmentProblem, ServingError
+from cluster.errors import ServingError
 from cluster.instance import Role
 from cluster.ray_worker import StartFailed
 from cluster.spec import ClusterSpec
@@ -32,18 +32,18 @@ class RayWorker:
             ready: Ready = await self._actor.start.remote()
             return ready
         except RayTaskError as error:
-            raise (
-                error.cause if isinstance(error.cause, ServingError) else StartFailed(detail=str(error))
-            ) from None
-        except (ActorDiedError, ActorUnavailableError) as error:
-            raise StartFailed(detail=f"its process died: {error}") from None
+            if isinstance(error.cause, ServingError):
+                raise error.cause from None
+            raise StartFailed(detail=str(error)) from None
+        except RayError as error:
+            raise StartFailed(detail=f"its process died: {_first_line(error)}") from None
 
     async def ended(self) -> str:
         """How the life ended; a call that runs as long as the actor, so its death is known at once."""
         try:
             return str(await self._actor.run.remote())
-        except (RayTaskError, ActorDiedError, ActorUnavailableError) as error:
-            return f"its process died: {str(error).splitlines()[0]}"
+        except RayError as error:  # also memory pressure and lost nodes, each an error of its own
+            return f"its process died: {_first_line(error)}"
 
     async def drain(self, deadline_s: float) -> bool:
         return bool(await self._actor.drain.remote(deadline_s))
@@ -51,6 +51,10 @@ class RayWorker:
     async def kill(self) -> None:
         ray.kill(self._actor, no_restart=True)
         remove_placement_group(self._group)
+
+
+def _first_line(error: RayError) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class RayLauncher:
@@ -62,7 +66,7 @@ class RayLauncher:
         self._actor_classes = actor_classes
 
     async def launch(self, instance_id: str, role: Role, *, index: int, incarnation: str) -> RayWorker:
-        """Raises EnvironmentProblem when the cluster has no node with the resources."""
+        """Raises StartFailed when no node has the resources within `startup_s`; one may join later."""
         group = await self._place(instance_id, role)
         try:
             actor = (
@@ -97,15 +101,15 @@ class RayLauncher:
         # All ranks of an instance on one node: its tensor parallelism needs NVLink.
         group = placement_group([bundle], strategy="STRICT_PACK", name=f"{self._spec.name}:{instance_id}")
         try:
-            async with asyncio.timeout(self._spec.deadlines.startup_s * 0.9):
+            async with asyncio.timeout(self._spec.deadlines.startup_s):
                 await group.ready()
         except TimeoutError:
             remove_placement_group(group)
             nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
             has = "; ".join(f"CPU {n.get('CPU', 0):g}, GPU {n.get('GPU', 0):g}" for n in nodes)
-            raise EnvironmentProblem(
-                problem=f"{instance_id} needs {bundle} on one node, and no node has that free (nodes: {has})",
-                remedy="add nodes, or lower the pool's count, parallelism or cpus in the spec",
+            raise StartFailed(
+                detail=f"{instance_id} needs {bundle} on one node, and no node has that free (nodes: {has}); "
+                "add nodes, or lower the pool's count, parallelism or cpus in the spec"
             ) from None
         return group
 

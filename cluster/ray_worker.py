@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
@@ -62,11 +61,6 @@ class WorkerShell:
     async def drain(self, deadline_s: float) -> bool:
         """See `Worker.drain`."""
         return await self._worker.drain(deadline_s)
-
-    async def status(self) -> dict[str, Any]:
-        """See `Worker.status`."""
-        await asyncio.sleep(0)
-        return self._worker.status()
 
 
 class StartFailed(ServingError):

@@ -91,7 +91,7 @@ class Registry:
         if info.state is InstanceState.READY:
             self._put(replace(info, state=InstanceState.DRAINING))
 
-    def gone(self, instance_id: str, *, incarnation: str, detail: str, hopeless: bool = False) -> None:
+    def gone(self, instance_id: str, *, incarnation: str, detail: str, hopeless: str = "") -> None:
         """The life is over; an event about an earlier life changes nothing."""
         if (info := self._current(instance_id, incarnation)) and info.state is not InstanceState.GONE:
             self._put(replace(info, state=InstanceState.GONE, address="", detail=detail, hopeless=hopeless))

@@ -62,7 +62,6 @@ class ServeRequest:
     prompt_token_ids: list[int]
     max_tokens: int
     handoff: Handoff = Handoff.TOKENS
-    slo: Slo = NO_SLO
 
 
 @dataclass(slots=True, kw_only=True)

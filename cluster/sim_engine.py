@@ -77,7 +77,7 @@ class SimEngine:
             max_num_seqs=1 << 20,
         )
 
-    def add(self, frames: Frames) -> str:
+    def add(self, frames: Frames) -> None:
         request = msgspec.msgpack.decode(frames[0], type=TokenRequest)
         params = request.sampling_params or {}
         transfer = (params.get("extra_args") or {}).get("kv_transfer_params") or {}
@@ -91,7 +91,6 @@ class SimEngine:
         )
         self._waiting.append(sequence)
         self._work.set()
-        return request.request_id
 
     def abort(self, request_ids: list[str]) -> None:
         gone = set(request_ids)

@@ -34,8 +34,8 @@ class PoolSpec(_Frozen):
         tensor_parallel_size, pipeline_parallel_size: ranks of each instance; on GPUs it takes their product
             in GPUs, all on one node.
         cpus: CPU cores Ray reserves for an instance; on a CPU cluster each rank is bound to one core.
-        attention_backend: vLLM's name of the attention kernels; default on GPUs: FLASHINFER for decode,
-            vLLM's choice for prefill.
+        attention_backend: vLLM's name of the attention kernels, the same for both pools; see
+            `cluster.attention`.
         engine_options: any vLLM engine option, over the spec's common ones.
         env: environment variables of the instance's processes.
     """
@@ -147,12 +147,13 @@ class ClusterSpec(_Frozen):
             pool = self.pool(role)
             if self.engine_process == "thread" and pool.ranks > 1:
                 raise ValueError(f"engine_process 'thread' runs one rank; {role} has {pool.ranks}: use 'own'")
-            for option in _OURS:
-                if option in pool.engine_options:
-                    raise ValueError(f"{role}.engine_options.{option} is set by pdserve: {_OURS[option]}")
-        for option in _OURS:
-            if option in self.engine_options:
-                raise ValueError(f"engine_options.{option} is set by pdserve: {_OURS[option]}")
+            if pool.pipeline_parallel_size > 1:
+                raise ValueError(
+                    f"{role}.pipeline_parallel_size is {pool.pipeline_parallel_size}: KV can't be read from "
+                    "pipeline stages yet; use tensor_parallel_size"
+                )
+            _refuse(pool.engine_options, f"{role}.engine_options")
+        _refuse(self.engine_options, "engine_options")
         return self
 
     @property
@@ -176,6 +177,17 @@ _OURS = {
     "pipeline_parallel_size": "use 'pipeline_parallel_size' of the pool",
     "distributed_executor_backend": "it follows from 'engine_process'",
 }
+
+
+_NOT_YET = {"enable_lora": "LoRA adapters are not routed yet"}
+
+
+def _refuse(options: EngineOptions, where: str) -> None:
+    for option in options:
+        if option in _OURS:
+            raise ValueError(f"{where}.{option} is set by pdserve: {_OURS[option]}")
+        if option in _NOT_YET and options[option]:
+            raise ValueError(f"{where}.{option}: {_NOT_YET[option]}")
 
 
 def load_spec(path: Path | str, overrides: dict[str, Any] | None = None) -> ClusterSpec:

@@ -126,9 +126,10 @@ class ThreadEngine(VllmEngine):
         self._inbox: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
         self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop
 
     async def start(self, progress: Callable[[str], None]) -> EngineFacts:
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         ready: asyncio.Future[EngineFacts] = loop.create_future()
         self._thread = threading.Thread(
             target=self._run, args=(loop, ready, progress), name="engine-core", daemon=True
@@ -136,17 +137,16 @@ class ThreadEngine(VllmEngine):
         self._thread.start()
         return await ready
 
-    def add(self, frames: Frames) -> str:
+    def add(self, frames: Frames) -> None:
         request = self._decoder.decode(frames)
-        self._inbox.put(lambda core: core.add_request(*core.preprocess_add_request(request)))
-        return str(request.request_id)
+        self._inbox.put(lambda core: self._accept(core, request))
 
     def abort(self, request_ids: list[str]) -> None:
         self._inbox.put(lambda core: core.abort_requests(request_ids))
 
     def release(self, request_ids: list[str]) -> None:
         request = release_request(request_ids)
-        self._inbox.put(lambda core: core.add_request(*core.preprocess_add_request(request)))
+        self._inbox.put(lambda core: self._accept(core, request))
 
     async def call(self, method: str, args: list[Any]) -> Any:
         loop = asyncio.get_running_loop()
@@ -211,6 +211,20 @@ class ThreadEngine(VllmEngine):
             message(core)
             block = False
 
+    def _accept(self, core: Any, request: Any) -> None:
+        try:
+            core.add_request(*core.preprocess_add_request(request))
+        except (
+            Exception
+        ):  # a request that the engine refuses (a grammar it can't compile) ends that request only
+            logger.exception("request %s", request.request_id)
+            refused = vllm_api.EngineCoreOutput(
+                request_id=request.request_id, new_token_ids=[], finish_reason=vllm_api.FinishReason.ERROR
+            )
+            self._loop.call_soon_threadsafe(
+                self._outbox.put_nowait, vllm_api.EngineCoreOutputs(outputs=[refused])
+            )
+
     def _step(self, core: Any, loop: asyncio.AbstractEventLoop) -> None:
         outputs, executed = core.step_fn()
         core.post_step(executed)
@@ -238,10 +252,9 @@ class ProcessEngine(VllmEngine):
         )
         return engine_facts(config)
 
-    def add(self, frames: Frames) -> str:
+    def add(self, frames: Frames) -> None:
         request = self._decoder.decode(frames)
         self._send(self._client.add_request_async(request))
-        return str(request.request_id)
 
     def abort(self, request_ids: list[str]) -> None:
         self._send(self._client.abort_requests_async(request_ids))

@@ -27,8 +27,6 @@ def engine_options(spec: ClusterSpec, role: Role, phase_defaults: dict[str, Any]
         "pipeline_parallel_size": pool.pipeline_parallel_size,
         "kv_transfer_config": kv_transfer_config(spec),
     }
-    if pool.attention_backend is not None:
-        options["attention_backend"] = pool.attention_backend
     if spec.engine_process == "thread":
         options["distributed_executor_backend"] = "uni"
     options |= pool.engine_options

@@ -18,7 +18,7 @@ WIRE_VERSION: Final = 1
 
 # ingress -> instance
 HELLO: Final = b"H"  # header Hello
-ADD: Final = b"A"  # then the encoded request
+ADD: Final = b"A"  # the request's id, then the encoded request
 ABORT: Final = b"X"  # header list[str]: request ids
 RELEASE: Final = b"R"  # header list[str]: request ids whose blocks nobody will read
 CALL: Final = b"U"  # header Call
@@ -28,6 +28,7 @@ WELCOME: Final = b"W"  # header Welcome
 REFUSED: Final = b"E"  # header str: why
 OUTPUTS: Final = b"O"  # header Load, then the encoded outputs
 RESULT: Final = b"V"  # header CallResult
+UNREADABLE: Final = b"J"  # header Unreadable: a request that the engine could not take
 FATAL: Final = b"F"  # header str: the engine died of this
 
 # Key of `kv_transfer_params` in a request that only tells an engine's connector to release these request ids.
@@ -76,6 +77,13 @@ class CallResult(msgspec.Struct, array_like=True):
     call_id: int
     error: str
     result: Any = None
+
+
+class Unreadable(msgspec.Struct, array_like=True):
+    """A request that could not be decoded."""
+
+    request_id: str
+    why: str
 
 
 class TokenRequest(msgspec.Struct, array_like=True, omit_defaults=True):

@@ -55,7 +55,6 @@ class Worker:
         self._hosting: Any = None
         self._ended = asyncio.Event()
         self.state = InstanceState.STARTING
-        self.phase = "starting"
 
     async def start(self) -> Ready:
         """Load the engine and open the data path.
@@ -98,19 +97,7 @@ class Worker:
         self._ended.set()
         return clean
 
-    def status(self) -> dict[str, Any]:
-        """What it is doing, for people."""
-        hosting = self._hosting
-        return {
-            "state": self.state.value,
-            "phase": self.phase,
-            "requests": hosting.requests if hosting else 0,
-            "steps": hosting.steps if hosting else 0,
-            "ingresses": hosting.ingresses if hosting else [],
-        }
-
     def _note(self, phase: str) -> None:
-        self.phase = phase
         self._on_phase(phase)
         logger.info("%s: %s", self._instance_id, phase)
 

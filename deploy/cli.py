@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.errors import EnvironmentProblem, ServingError, SpecError
+from cluster.errors import ServingError, SpecError
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -169,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpecError as error:
         _say(f"pdserve: {error}")
         return EXIT_BAD_INPUT
-    except (EnvironmentProblem, ServingError) as error:
+    except ServingError as error:
         _say(f"pdserve: {error}")
-        return EXIT_FAILED
+        return EXIT_BAD_INPUT if error.facts.get("bad_spec") else EXIT_FAILED
     except ValueError as error:
         _say(f"pdserve: {error}")
         return EXIT_BAD_INPUT

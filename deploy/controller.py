@@ -52,7 +52,7 @@ class Launcher(Protocol):
     """Starts lives."""
 
     async def launch(self, instance_id: str, role: Role, *, index: int, incarnation: str) -> WorkerHandle:
-        """Reserve resources and create the worker. Raises EnvironmentProblem when there are none."""
+        """Reserve resources, waiting for them within a deadline, and create the worker."""
         ...
 
 
@@ -120,13 +120,18 @@ class Controller:
             began_s = loop.time()
             self._registry.starting(instance_id, incarnation=incarnation, detail="waiting for resources")
             await self._announce()
-            hopeless = False
+            hopeless = ""
             try:
                 why = await self._live(instance_id, role, index, incarnation)
             except _HOPELESS as error:
-                why, hopeless = str(error), True
-            except (ServingError, TimeoutError) as error:
-                why = str(error) or f"not ready after {self._spec.deadlines.startup_s:g} s"
+                why, hopeless = str(error), error.reason
+            except TimeoutError:
+                why = f"not ready after {self._spec.deadlines.startup_s:g} s"
+            except ServingError as error:
+                why = str(error)
+            except Exception as error:  # the place must be filled again, whatever ended this life
+                logger.exception("%s (%s)", instance_id, incarnation)
+                why = repr(error)
             logger.warning("%s (%s) ended: %s", instance_id, incarnation, why)
             self._registry.gone(instance_id, incarnation=incarnation, detail=why, hopeless=hopeless)
             await self._announce()
@@ -140,9 +145,9 @@ class Controller:
         """One life from launch to end; returns how it ended."""
         handle: WorkerHandle | None = None
         try:
+            handle = await self._launcher.launch(instance_id, role, index=index, incarnation=incarnation)
+            self._handles[instance_id] = handle
             async with asyncio.timeout(self._spec.deadlines.startup_s):
-                handle = await self._launcher.launch(instance_id, role, index=index, incarnation=incarnation)
-                self._handles[instance_id] = handle
                 ready = await handle.start()
             self._registry.register(
                 instance_id,

@@ -7,22 +7,23 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
 
-from cluster.errors import SpecError
+from cluster.errors import ServingError, SpecError
 from cluster.metrics import IngressMetrics
 from cluster.spec import ClusterSpec, load_spec, parse_spec
 from deploy.installation import require_one_installation
-from deploy.ray_controller import get_or_create_controller
+from deploy.ray_controller import get_or_create_controller, require_same_spec
 
 logger = logging.getLogger(__name__)
 
 WATCH_S = 30.0
 CONTROLLER_RETRY_S = 1.0
+CONTROLLER_DEADLINE_S = 60.0
 
 Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -62,14 +63,14 @@ class IngressReplica:
             os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._spec = spec
         self._name = f"ingress-{uuid.uuid4().hex[:8]}"
+        self._engine_client: Any = None
 
     def __serve_build_asgi_app__(self) -> LateApp:
         return LateApp(self._living)
 
     @asynccontextmanager
     async def _living(self) -> AsyncIterator[Asgi]:
-        controller = get_or_create_controller(self._spec)
-        await controller.start.remote()
+        controller = await self._controller()
         # Imported here: seconds, during which the controller already starts the instances.
         from prometheus_client import REGISTRY
 
@@ -82,28 +83,46 @@ class IngressReplica:
         core = ClusterCore(self._spec, IngressMetrics(REGISTRY), ingress=self._name, engine=engine)
         app = await build_server(self._spec, core)
         watching = asyncio.create_task(self._watch(controller, core), name="watch-membership")
+        self._engine_client = app.state.engine_client
         try:
             async with app.router.lifespan_context(app):
                 yield app
         finally:
+            self._engine_client = None
             await core.router.drain(self._spec.deadlines.drain_s)
             watching.cancel()
             await core.close()
+
+    async def check_health(self) -> None:
+        """Serve's hook: raises when this replica can't work again, so that Serve replaces it."""
+        if self._engine_client is not None and self._engine_client.errored:
+            raise RuntimeError("vLLM's output handler has died")
+
+    async def _controller(self) -> Any:
+        """The cluster's controller, started.
+
+        Raises:
+            EnvironmentProblem: it runs another spec.
+        """
+        controller = get_or_create_controller(self._spec)
+        async with asyncio.timeout(CONTROLLER_DEADLINE_S):
+            require_same_spec(await controller.start.remote(), self._spec)
+        return controller
 
     async def _watch(self, controller: Any, core: Any) -> None:
         """Follow the controller's membership for ever."""
         version = -1
         while True:
             try:
-                membership = await controller.watch.remote(version, WATCH_S)
-            except RayError as error:
+                if controller is None:
+                    controller = await self._controller()
+                async with asyncio.timeout(WATCH_S + CONTROLLER_DEADLINE_S):
+                    membership = await controller.watch.remote(version, WATCH_S)
+            except (RayError, TimeoutError, ServingError) as error:
                 # A restarted controller has a new registry; its members have new incarnations.
                 logger.warning("lost the controller: %s", error)
+                controller, version = None, -1
                 await asyncio.sleep(CONTROLLER_RETRY_S)
-                with suppress(RayError):
-                    controller = get_or_create_controller(self._spec)
-                    await controller.start.remote()
-                version = -1
                 continue
             if membership.version != version:
                 version = membership.version

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from cluster.errors import EnvironmentProblem
 from cluster.instance import Role
 from cluster.ray_placement import RayLauncher
 from cluster.registry import Membership
@@ -47,6 +48,17 @@ class ControllerActor:
 
     async def stop(self, deadline_s: float) -> bool:
         return await self._controller.stop(deadline_s)
+
+
+def require_same_spec(running: ClusterSpec, wanted: ClusterSpec) -> None:
+    """Raise EnvironmentProblem when the cluster of this name runs another spec: new front ends would speak to
+    old engines."""
+    if running != wanted:
+        differing = [key for key in ClusterSpec.model_fields if getattr(running, key) != getattr(wanted, key)]
+        raise EnvironmentProblem(
+            problem=f"cluster {wanted.name!r} is up with another spec (other: {', '.join(differing)})",
+            remedy="stop it first, or give this spec another name",
+        )
 
 
 def get_or_create_controller(spec: ClusterSpec) -> Any:

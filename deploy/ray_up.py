@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -12,23 +14,39 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import EnvironmentProblem, SpecError
+from cluster.attention import attention_backend
+from cluster.errors import EnvironmentProblem, ServingError, SpecError
 from cluster.instance import InstanceState
 from cluster.spec import ClusterSpec
 from cluster.vllm_api import require_supported_vllm
 from deploy.installation import require_one_installation
 from deploy.running import RunningCluster, recorded
+from router.policy import make_policy
 
 Say = Callable[[str], None]
 
 OBJECT_STORE_BYTES = 128 << 20
+CONTROLLER_DEADLINE_S = 60.0
 # The longest a change goes unnoticed that no instance tells of: that the ingress serves.
 WATCH_S = 0.1
+
+
+class DidNotStart(ServingError):
+    """A part of the cluster can't start. Facts: `part`, `detail`, `bad_spec` (whether the spec is why)."""
+
+    reason = "did-not-start"
+
+    part: str
+    detail: str
+    bad_spec: bool
+
+    def describe(self) -> str:
+        return f"{self.part} did not start: {self.detail}"
 
 
 def up(spec: ClusterSpec, *, address: str | None, say: Say) -> int:
@@ -64,9 +82,7 @@ def serving(spec: ClusterSpec, *, address: str | None = None, say: Say) -> Itera
             controller = _start_controller(spec)
             try:
                 timed("starting the ingress and the engines")
-                with ThreadPoolExecutor(1, thread_name_prefix="serve-run") as pool:
-                    deploying = pool.submit(_deploy, spec)
-                    _wait_until_healthy(spec, controller, deploying, url, timed)
+                _wait_until_healthy(spec, controller, _in_background(_deploy, spec), url, timed)
                 yield url
             finally:
                 _undeploy(spec, controller)
@@ -76,6 +92,9 @@ def _check(spec: ClusterSpec) -> None:
     """What can be known without starting anything."""
     require_one_installation()
     require_supported_vllm()
+    make_policy(spec.policy)
+    if spec.device == "cpu":
+        attention_backend(spec)  # on GPU clusters, what is installed here says nothing of the nodes
     looks_local = spec.model.startswith((".", "/", "~")) or spec.model.count("/") != 1
     if looks_local and not (Path(spec.model) / "config.json").is_file():
         raise SpecError(
@@ -112,7 +131,7 @@ def _ray(spec: ClusterSpec, address: str | None, say: Say) -> Iterator[None]:
         cores = os.cpu_count() or 1
         ray.init(
             address="local",
-            num_cpus=max(cores, round(sum(spec.pool(r).cpus for _, r in spec.places()) + 0.5)),
+            num_cpus=max(cores, math.ceil(_cpus(spec))),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
@@ -138,6 +157,12 @@ def _ray(spec: ClusterSpec, address: str | None, say: Say) -> Iterator[None]:
             ray.shutdown()
 
 
+def _cpus(spec: ClusterSpec) -> float:
+    """CPUs that Ray must have to place everything; a machine with fewer cores shares them."""
+    workers = sum(spec.pool(role).cpus for _, role in spec.places())
+    return workers + spec.ingress.cpus * spec.ingress.replicas
+
+
 def _check_local_gpus(spec: ClusterSpec) -> None:
     if spec.device != "gpu" or spec.engine == "sim":
         return
@@ -153,11 +178,26 @@ def _check_local_gpus(spec: ClusterSpec) -> None:
 def _start_controller(spec: ClusterSpec) -> Any:
     import ray
 
-    from deploy.ray_controller import get_or_create_controller
+    from deploy.ray_controller import get_or_create_controller, require_same_spec
 
     controller = get_or_create_controller(spec)
-    ray.get(controller.start.remote())
+    require_same_spec(ray.get(controller.start.remote(), timeout=CONTROLLER_DEADLINE_S), spec)
     return controller
+
+
+def _in_background(run: Callable[[ClusterSpec], None], spec: ClusterSpec) -> Future[None]:
+    """Run it in a thread that does not keep the program: Serve's call has no deadline of its own."""
+    result: Future[None] = Future()
+
+    def report() -> None:
+        try:
+            run(spec)
+            result.set_result(None)
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=report, name="serve-run", daemon=True).start()
+    return result
 
 
 def _deploy(spec: ClusterSpec) -> None:
@@ -183,7 +223,7 @@ def _wait_until_healthy(
     version = -1
     deadline_s = time.monotonic() + spec.deadlines.startup_s
     while True:
-        membership = ray.get(controller.watch.remote(version, WATCH_S))
+        membership = ray.get(controller.watch.remote(version, WATCH_S), timeout=CONTROLLER_DEADLINE_S)
         version = membership.version
         for info in membership.instances:
             news = (info.state.value, info.detail)
@@ -191,12 +231,11 @@ def _wait_until_healthy(
                 seen[info.instance_id] = news
                 say(f"{info.instance_id}: {info.detail or info.state.value}")
             if info.hopeless:
-                raise EnvironmentProblem(
-                    problem=f"{info.instance_id} did not start: {info.detail}",
-                    remedy="see its log under /tmp/ray/session_latest/logs",
+                raise DidNotStart(
+                    part=info.instance_id, detail=info.detail, bad_spec=info.hopeless == SpecError.reason
                 )
         if deploying.done():
-            deploying.result()
+            _require_deployed(deploying)
             if all(info.state is InstanceState.READY for info in membership.instances) and _healthy(url):
                 return
         if time.monotonic() > deadline_s:
@@ -204,6 +243,16 @@ def _wait_until_healthy(
                 problem=f"the cluster was not ready after {spec.deadlines.startup_s:g} s",
                 remedy="raise deadlines.startup_s in the spec if loading simply takes longer",
             )
+
+
+def _require_deployed(deploying: Future[None]) -> None:
+    error = deploying.exception()
+    if error is None:
+        return
+    # Serve tells with its replica's traceback; of ours the last line says what is wrong.
+    told = re.findall(r"cluster\.errors\.(\w+): (.+)", str(error))
+    kind, detail = told[-1] if told else (type(error).__name__, str(error).strip().splitlines()[-1])
+    raise DidNotStart(part="the ingress", detail=detail, bad_spec=kind == SpecError.__name__)
 
 
 def _healthy(url: str) -> bool:
@@ -223,7 +272,7 @@ def _undeploy(spec: ClusterSpec, controller: Any) -> None:
         serve.delete(spec.name)
         if controller is not None:
             ray.get(controller.stop.remote(spec.deadlines.drain_s), timeout=spec.deadlines.drain_s + 30.0)
-    except RayError:
+    except (RayError, TimeoutError):
         pass  # what is left ends with the controller
     finally:
         if controller is not None:

@@ -2,7 +2,7 @@
 
 Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). Beyond the stock connector:
 
-- a reader asks for the tokens the source really holds (`cluster.handle.readable_tokens`), so a prompt that
+- a reader asks for what the source really holds, all of its prompt but the last token, so a prompt that
   carries tokens generated elsewhere can be handed over at any length;
 - blocks that nobody will read are released at once, by id, instead of when their lease ends;
 - the progress thread of NIXL sleeps between polls (`nixl_progress`);
@@ -14,9 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 from cluster import vllm_api
-from cluster.handle import readable_tokens
+from cluster.errors import EnvironmentProblem
 from cluster.wire import RELEASE_PARAM
-from kv_transfer.blocks import surplus_blocks
 from kv_transfer.nixl_progress import calm_progress_thread
 from kv_transfer.orphan import end_with_parent
 
@@ -40,6 +39,12 @@ class PdScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        if backoff := self._prefill_backoff():
+            raise EnvironmentProblem(
+                problem=f"prefill of this model must stop {backoff} tokens short of the prompt (state-space "
+                "layers or multi-token prediction), and its first token can't come from a prefill instance",
+                remedy="serve it with plain vLLM",
+            )
         self._released: set[str] = set()
 
     def on_new_request(self, request: Any) -> None:
@@ -54,26 +59,12 @@ class PdScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         if not (params and params.get("do_remote_prefill") and params.get("remote_num_tokens")):
             matched: tuple[int, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
             return matched
-        wanted = readable_tokens(params["remote_num_tokens"], request.num_prompt_tokens)
-        count = wanted - num_computed_tokens
+        held = params["remote_num_tokens"]
+        if held != request.num_prompt_tokens - 1:
+            # Both lists of blocks end with the same token's block only then; else compute the prompt here.
+            return 0, False
+        count = held - num_computed_tokens
         return (count, True) if count > 0 else (0, False)
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        params = request.kv_transfer_params
-        if params and params.get("do_remote_prefill") and params.get("remote_num_tokens"):
-            self._trim_remote_blocks(params, request.num_prompt_tokens)
-        super().update_state_after_alloc(request, blocks, num_external_tokens)
-
-    def _trim_remote_blocks(self, params: dict[str, Any], prompt_tokens: int) -> None:
-        # The worker pairs the lists from their ends, so both must end with the same token's block.
-        remote = params["remote_num_tokens"]
-        wanted = readable_tokens(remote, prompt_tokens)
-        groups = self.kv_cache_config.transfer_groups
-        trimmed = []
-        for group, block_ids in zip(groups, params["remote_block_ids"], strict=True):
-            surplus = surplus_blocks(remote, wanted, group.kv_cache_spec.block_size)
-            trimmed.append(list(block_ids[: len(block_ids) - surplus]) if surplus else block_ids)
-        params["remote_block_ids"] = trimmed
 
     def build_connector_meta(self, scheduler_output: Any) -> PdMetadata:
         meta = PdMetadata()

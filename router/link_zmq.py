@@ -29,17 +29,24 @@ RECONNECT_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 Encode = Callable[[Hop], Sequence[Any]]
 OnOutputs = Callable[[InstanceInfo, Sequence[Any]], None]
+OnUnreadable = Callable[[InstanceInfo, wire.Unreadable], None]
 
 
 class ZmqLink:
     """One connection to one life of one instance."""
 
     def __init__(
-        self, context: zmq.asyncio.Context, info: InstanceInfo, encode: Encode, on_outputs: OnOutputs
+        self,
+        context: zmq.asyncio.Context,
+        info: InstanceInfo,
+        encode: Encode,
+        on_outputs: OnOutputs,
+        on_unreadable: OnUnreadable,
     ) -> None:
         self.info = info
         self._encode = encode
         self._on_outputs = on_outputs
+        self._on_unreadable = on_unreadable
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._last_call = 0
         self.load = InstanceLoad()
@@ -91,13 +98,15 @@ class ZmqLink:
                     call.set_exception(InstanceLost(instance=self.info.instance_id, stage="call"))
 
     def send(self, hop: Hop) -> None:
-        self._post([wire.ADD, *self._encode(hop)])
+        self._post([wire.ADD, hop.hop_id.encode(), *self._encode(hop)])
 
     def abort(self, request_ids: list[str]) -> None:
-        self._post([wire.ABORT, wire.pack(request_ids)])
+        if not self._socket.closed:
+            self._post([wire.ABORT, wire.pack(request_ids)])
 
     def release(self, request_ids: list[str]) -> None:
-        self._post([wire.RELEASE, wire.pack(request_ids)])
+        if not self._socket.closed:
+            self._post([wire.RELEASE, wire.pack(request_ids)])
 
     async def call(self, method: str, args: list[Any], deadline_s: float) -> Any:
         """Call an engine method that is no request. Raises InstanceLost, TimeoutError, RuntimeError."""
@@ -133,6 +142,8 @@ class ZmqLink:
                 load = msgspec.msgpack.decode(frames[1].buffer, type=wire.Load)
                 self.load = InstanceLoad(running=load.running, waiting=load.waiting, kv_usage=load.kv_usage)
                 self._on_outputs(self.info, [frame.buffer for frame in frames[2:]])
+            elif kind == wire.UNREADABLE:
+                self._on_unreadable(self.info, msgspec.msgpack.decode(frames[1].buffer, type=wire.Unreadable))
             elif kind == wire.RESULT:
                 self._answer(msgspec.msgpack.decode(frames[1].buffer, type=wire.CallResult))
             elif kind == wire.FATAL:
@@ -199,7 +210,14 @@ class LinkKeeper:
     async def _keep(self, info: InstanceInfo) -> None:
         failures = 0
         while True:
-            link = ZmqLink(self._context, info, self._encode, self._on_outputs)
+            link = ZmqLink(
+                self._context,
+                info,
+                self._encode,
+                self._on_outputs,
+                lambda where, what: self._router.fail_hop(what.request_id, where.instance_id, what.why),
+            )
+            why = "it was left"
             try:
                 await link.open(self._ingress, self._engine)
                 self.links[info.instance_id] = link
@@ -212,9 +230,14 @@ class LinkKeeper:
             except IncompatiblePeer as error:
                 logger.error("%s", error)
                 return
+            except (
+                Exception
+            ) as error:  # a message this side can't read: the requests there are lost all the same
+                logger.exception("the link to %s broke", info.instance_id)
+                why = repr(error)
             finally:
                 self.links.pop(info.instance_id, None)
                 link.close()
-            self._router.leave(info.instance_id, why=why)
+                self._router.leave(info.instance_id, why=why)
             await asyncio.sleep(RECONNECT_S[min(failures, len(RECONNECT_S) - 1)])
             failures += 1

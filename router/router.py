@@ -22,15 +22,25 @@ logger = logging.getLogger(__name__)
 
 
 class Link(Protocol):
-    """The way to one instance."""
+    """The way to one instance.
+
+    Attributes:
+        load: what the instance last said of itself.
+    """
+
+    load: InstanceLoad
 
     def send(self, hop: Hop) -> None:
         """Give the instance a request. Raises ServingError for one that can't be built."""
         ...
 
-    def abort(self, request_ids: list[str]) -> None: ...
+    def abort(self, request_ids: list[str]) -> None:
+        """Stop requests there. Never raises: an instance that is gone has none."""
+        ...
 
-    def release(self, request_ids: list[str]) -> None: ...
+    def release(self, request_ids: list[str]) -> None:
+        """Free blocks kept for a reader that will not come. Never raises."""
+        ...
 
 
 class Client(Protocol):
@@ -46,12 +56,11 @@ class Client(Protocol):
 
 
 class _Member:
-    __slots__ = ("info", "link", "load")
+    __slots__ = ("info", "link")
 
     def __init__(self, info: InstanceInfo, link: Link) -> None:
         self.info = info
         self.link = link
-        self.load = InstanceLoad()
 
 
 class Router:
@@ -68,6 +77,7 @@ class Router:
         self._members: dict[str, _Member] = {}
         self._hops: dict[str, Hop] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
+        self._outcomes: dict[str, str] = {}
         self._draining = False
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -96,11 +106,6 @@ class Router:
             member.info = info
             self._count_instances()
 
-    def note_load(self, instance_id: str, load: InstanceLoad) -> None:
-        """What an instance says of its own load."""
-        if (member := self._members.get(instance_id)) is not None:
-            member.load = load
-
     def view(self) -> ClusterView:
         """The READY instances now."""
         views: dict[Role, list[InstanceView]] = {role: [] for role in Role}
@@ -112,7 +117,7 @@ class Router:
                         info=member.info,
                         outstanding_tokens=self.reservations.tokens(instance_id),
                         outstanding_requests=self.reservations.requests(instance_id),
-                        load=member.load,
+                        load=member.link.load,
                     )
                 )
         return ClusterView(prefill=tuple(views[Role.PREFILL]), decode=tuple(views[Role.DECODE]))
@@ -140,10 +145,16 @@ class Router:
         self._quiet.clear()
         task.add_done_callback(lambda ended: self._ended(run, ended))
 
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """The client is gone: stop these requests wherever they are and free what they hold."""
+    def abort(self, request_ids: Iterable[str], outcome: str = "cancelled") -> None:
+        """Stop these requests wherever they are and free what they hold; nobody waits for more of them.
+
+        Args:
+            outcome: how the metrics count them: `cancelled` by their clients, `ok` at a stop string, or the
+                reason of an error that was told already.
+        """
         for request_id in request_ids:
             if (task := self._runs.get(request_id)) is not None:
+                self._outcomes.setdefault(request_id, outcome)
                 task.cancel()
 
     def on_outputs(self, instance_id: str, outputs: list[EngineOutput]) -> list[EngineOutput]:
@@ -166,6 +177,12 @@ class Router:
             self.release(instance_id, unread)
         return forward
 
+    def fail_hop(self, hop_id: str, instance_id: str, why: str) -> None:
+        """An instance could not take a request."""
+        if (hop := self._hops.get(hop_id)) is not None:
+            hop.engine_ended = True
+            hop.fail(EngineFailure(instance=instance_id, stage=hop.kind.value, detail=why))
+
     @property
     def draining(self) -> bool:
         """Whether new requests are refused."""
@@ -182,13 +199,16 @@ class Router:
         return len(self._hops)
 
     async def drain(self, deadline_s: float) -> None:
-        """Take no new requests, let the running ones end, cancel those that have not by the deadline."""
+        """Take no new requests, let the running ones end, and end those that have not by the deadline with
+        an error that says so."""
         self._draining = True
         try:
             async with asyncio.timeout(deadline_s):
                 await self._quiet.wait()
         except TimeoutError:
-            self.abort(list(self._runs))
+            for request_id in list(self._runs):
+                self._client.fail(request_id, Draining())
+                self.abort([request_id], outcome=Draining.reason)
             await self._quiet.wait()
 
     # --- what runs use
@@ -196,6 +216,14 @@ class Router:
     def decide(self, request: ServeRequest, avoid: frozenset[str]) -> Decision:
         """The policy's decision on the instances there are now, without those that failed the request."""
         return self._policy.decide(request, self.view().without(avoid), asyncio.get_running_loop().time())
+
+    def all_tried(self, tried: frozenset[str]) -> bool:
+        """Whether some role has no instance left but those in `tried`."""
+        view = self.view()
+        return any(
+            all(instance.instance_id in tried for instance in instances)
+            for instances in (view.prefill, view.decode)
+        )
 
     @asynccontextmanager
     async def open(self, hop: Hop) -> AsyncIterator[None]:
@@ -225,10 +253,8 @@ class Router:
         """A run is over. A callback of its task: one cancelled before it began runs no code at all."""
         request_id = run.request.request_id
         del self._runs[request_id]
-        outcome = "ok"
-        if task.cancelled():
-            outcome = "cancelled"
-        elif (error := task.exception()) is not None:
+        outcome = self._outcomes.pop(request_id, "ok")
+        if not task.cancelled() and (error := task.exception()) is not None:
             if not isinstance(error, ServingError):
                 # The edge of a request: it must end at its client, whatever went wrong in here.
                 logger.error("request %s", request_id, exc_info=error)

@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from cluster.errors import EngineFailure, InstanceLost, ServingError, StageTimeout
-from cluster.handle import KvHandle, readable_tokens
+from cluster.handle import KvHandle
 from cluster.request import Handoff, ServeRequest, Stage, Timeline
 from router.hop import Hop, HopKind
 from router.policy import Decision
@@ -41,6 +41,7 @@ class Run:
         self.timeline = Timeline(arrived_s=now_s)
         self._router = router
         self._hops = 0
+        self._recomputed = False
         self._avoid: frozenset[str] = frozenset()
 
     async def serve(self) -> None:
@@ -51,27 +52,25 @@ class Run:
                 await self._attempt(self._router.decide(self.request, self._avoid))
                 break
             except _CURABLE as error:
-                self._note(error, attempt)
-                if attempt == deadlines.attempts:
+                self._avoid |= {error.facts["instance"]}
+                logger.warning("request %s, attempt %d: %s", self.request.request_id, attempt, error)
+                if attempt == deadlines.attempts or self._would_meet_the_same_queue(error):
                     raise
-                if self._nothing_left():
-                    break
+                self._router.metrics.moves.labels(cause=error.reason, stage=self.stage.value).inc()
         self.stage = Stage.DONE
         self.timeline.done_s = self._now()
 
-    def _note(self, error: ServingError, attempt: int) -> None:
-        self._router.metrics.retries.labels(cause=error.reason, stage=self.stage.value).inc()
-        logger.warning("request %s, attempt %d: %s", self.request.request_id, attempt, error)
-        self._avoid |= {error.facts["instance"]}
-
-    def _nothing_left(self) -> bool:
-        # The engine died after the last token and before saying so.
-        return len(self.generated) >= self.request.max_tokens
+    def _would_meet_the_same_queue(self, error: ServingError) -> bool:
+        # A timeout may be a long queue: joining its end again would only make it longer.
+        return isinstance(error, StageTimeout) and self._router.all_tried(self._avoid)
 
     async def _attempt(self, decision: Decision) -> None:
         replay = bool(self.generated) and self.request.handoff is not Handoff.TOKENS
         remaining = self.request.max_tokens - (0 if replay else len(self.generated))
-        if self.request.handoff is Handoff.NOTHING:
+        nothing_to_hand_over = len(self.request.prompt_token_ids) == 1 and (
+            self.request.handoff is not Handoff.TOKENS
+        )
+        if self.request.handoff is Handoff.NOTHING or nothing_to_hand_over:
             await self._whole(decision.decode)
         elif remaining == 1:
             # No decode follows: nothing to hand over.
@@ -107,8 +106,9 @@ class Run:
             decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
             await self._decode(decode, prefill.handle)
         finally:
-            # Once read, the blocks are no longer kept: their ids may be another request's by now.
-            if prefill.handle is not None and not (decode is not None and decode.has_started):
+            # A decode that read the blocks has told their source; one that computed them anew has not.
+            read = decode is not None and decode.has_started and not self._recomputed
+            if prefill.handle is not None and not read:
                 self._router.release(decision.prefill, [prefill.handle.request_id])
 
     async def _prefill(self, hop: Hop) -> None:
@@ -119,6 +119,7 @@ class Run:
             async with self._router.open(hop):
                 await self._started(hop, self._router.deadlines.prefill_s)
                 await self._ended(hop)
+        self._observe(Stage.PREFILL, self.timeline.prefill_sent_s)
 
     async def _decode(self, hop: Hop, handle: KvHandle) -> None:
         """Decode on an instance that reads the blocks first."""
@@ -128,6 +129,7 @@ class Run:
             async with self._router.open(hop):
                 await self._started(hop, self._router.deadlines.transfer_s)
                 self.timeline.decode_first_s = self._now()
+                self._observe(Stage.TRANSFER, self.timeline.decode_sent_s)
                 self.stage = Stage.DECODE
                 self._account(hop, handle)
                 await self._ended(hop)
@@ -136,19 +138,18 @@ class Run:
         stats = hop.stats
         if stats is None:
             return
-        self._router.metrics.transfer_seconds.observe(self._now() - (self.timeline.decode_sent_s or 0.0))
-        wanted = readable_tokens(handle.tokens, len(hop.prompt_token_ids))
         moved = stats.num_external_cached_tokens
-        recomputed = max(0, wanted - moved - stats.num_local_cached_tokens)
+        recomputed = max(0, handle.tokens - moved - stats.num_local_cached_tokens)
         self._router.metrics.kv_tokens_moved.inc(moved)
         self._router.metrics.kv_bytes_moved.inc(moved * self._router.kv_bytes_per_token(hop.instance_id))
         if recomputed:
+            self._recomputed = True
             self._router.metrics.kv_tokens_recomputed.inc(recomputed)
             logger.error(
                 "fault: %s recomputed %d of %d KV tokens that %s had sent for request %s",
                 hop.instance_id,
                 recomputed,
-                wanted,
+                handle.tokens,
                 hop.source.instance_id if hop.source else "?",
                 self.request.request_id,
             )
@@ -156,20 +157,27 @@ class Run:
     def _hop(self, instance_id: str, kind: HopKind, source: Hop | None = None) -> Hop:
         carries = self.request.handoff is Handoff.TOKENS
         sent = len(self.generated) if carries else 0
-        prompt = self.request.prompt_token_ids
         self._hops += 1
         return Hop(
             hop_id=f"{self.request.request_id}~{self._hops}",
             instance_id=instance_id,
             kind=kind,
             request=self.request,
-            prompt_token_ids=prompt + self.generated if sent else prompt,
+            prompt_token_ids=self._prompt_for(kind, sent),
             generated=self.generated,
             max_tokens=1 if kind is HopKind.PREFILL else self.request.max_tokens - sent,
             deliver=kind is not HopKind.PREFILL or carries,
             swallow=0 if carries else len(self.generated),
             source=source,
         )
+
+    def _prompt_for(self, kind: HopKind, sent: int) -> list[int]:
+        prompt = self.request.prompt_token_ids
+        if kind is HopKind.PREFILL and self.request.handoff is not Handoff.TOKENS:
+            # The reader computes the prompt's last token itself. Would the source compute it too, a
+            # sliding-window layer of it might have given up a block that the reader needs for it.
+            return prompt[:-1]
+        return prompt + self.generated[:sent] if sent else prompt
 
     async def _started(self, hop: Hop, deadline_s: float) -> None:
         try:
@@ -195,6 +203,10 @@ class Run:
                     raise StageTimeout(
                         stage=self.stage.value, instance=hop.instance_id, deadline_s=stall_s
                     ) from None
+
+    def _observe(self, stage: Stage, since_s: float | None) -> None:
+        assert since_s is not None
+        self._router.metrics.stage_seconds.labels(stage=stage.value).observe(self._now() - since_s)
 
     @staticmethod
     def _now() -> float:

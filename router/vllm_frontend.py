@@ -13,7 +13,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -72,7 +72,11 @@ def hop_request(original: Any, hop: Hop) -> Any:
         params.max_tokens = hop.max_tokens
         params.min_tokens = min(max(0, params.min_tokens - sent), hop.max_tokens)
         if not hop.is_first or (hop.kind is HopKind.DECODE and sent):
+            # They went out with the first token; asking again would make the engine compute the whole prompt.
             params.prompt_logprobs = None
+            params.prompt_logprob_token_ids = None
+            params.prompt_logprob_start = None
+            params.skip_reading_prefix_cache = False
     extra = dict(params.extra_args or {})
     if hop.kind is HopKind.PREFILL:
         extra["kv_transfer_params"] = keep_for_reader()
@@ -112,9 +116,14 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         if params is None or request.resumable:
             raise vllm_api.VLLMValidationError("only text generation with a complete prompt is served here")
         handoff = handoff_of(params)
-        for ours in ("kv_transfer_params", UNSPLIT):
-            # Where KV comes from is ours to say, never a client's.
-            (params.extra_args or {}).pop(ours, None)
+        # A copy: with n > 1 vLLM gives one object to all choices, and each needs a seed of its own.
+        request.sampling_params = params = copy.copy(params)
+        # Where KV comes from is ours to say, never a client's.
+        params.extra_args = {
+            key: value
+            for key, value in (params.extra_args or {}).items()
+            if key not in ("kv_transfer_params", UNSPLIT)
+        }
         if request.mm_features or request.prompt_embeds is not None:
             handoff = Handoff.NOTHING
         if needs_seed(params, handoff):
@@ -135,7 +144,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             asyncio.get_running_loop().call_soon(self.fail, request_id, error)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        self.router.abort(request_ids)
+        # Called by AsyncLLM's output handler only: these ended well, at a stop string.
+        self.router.abort(request_ids, outcome="ok")
 
     async def get_output_async(self) -> Any:
         return await self._outputs.get()
@@ -148,7 +158,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             return
         logger.warning("request %s ended: %s", request_id, error)
         whole = state.parent_req.request_id if state.parent_req is not None else request_id
-        self.router.abort(self.output_processor.abort_requests([whole], internal=True))
+        self.router.abort(self.output_processor.abort_requests([whole], internal=True), outcome=error.reason)
         state.queue.put(RequestEnded(error))
 
     def forget(self, request_id: str) -> None:
@@ -255,8 +265,15 @@ class RemoteLLM(AsyncLLM):  # type: ignore[misc]
 
         manager.record = guarded
 
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """The client left: stop its request, here and in the engines."""
+        request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        self.engine_core.router.abort(self.output_processor.abort_requests(request_ids, internal))
+
     async def check_health(self) -> None:
-        """Raise EngineDeadError (503) while draining, or while a role has no READY instance."""
+        """Raise EngineDeadError (503) while draining, while a role has no READY instance, and for good when
+        the output handler has died."""
+        await super().check_health()
         view = self.engine_core.router.view()
         if self.engine_core.router.draining or not (view.prefill and view.decode):
             raise self.dead_error

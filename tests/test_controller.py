@@ -98,7 +98,7 @@ async def test_a_life_that_dies_is_followed_by_another_incarnation() -> None:
 
 async def test_a_failed_start_is_tried_again_and_a_hopeless_one_is_not() -> None:
     launcher = FakeLauncher()
-    launcher.problems["prefill-0"] = [TimeoutError()]
+    launcher.problems["prefill-0"] = [TimeoutError(), RuntimeError("out of memory")]
     launcher.problems["decode-0"] = [EnvironmentProblem(problem="no GPU", remedy="add one")]
     controller = Controller(SPEC, launcher)
     await controller.start()
@@ -107,8 +107,8 @@ async def test_a_failed_start_is_tried_again_and_a_hopeless_one_is_not() -> None
         lambda m: m.instances[0].state is InstanceState.READY and m.instances[1].state is InstanceState.GONE,
     )
     assert membership.instances[1].detail == "no GPU; add one"
-    assert membership.instances[1].hopeless
-    assert len(launcher.workers["prefill-0"]) == 2
+    assert membership.instances[1].hopeless == "environment"
+    assert len(launcher.workers["prefill-0"]) == 3
     assert len(launcher.workers["decode-0"]) == 1
     await controller.stop(1.0)
 

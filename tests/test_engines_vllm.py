@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 128
-LENGTHS = [1, 2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 700, 1500]
+LENGTHS = [1, 2, 5, *(n * BLOCK + d for n in (1, 2, 3, 4) for d in (-1, 0, 1)), 700, 1500]
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Process:
             pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=None,
             data_parallel_rank=None,
         )  # fmt: skip
-        await self.post(wire.ADD, *vllm_api.MsgpackEncoder().encode(request))
+        await self.post(wire.ADD, request_id.encode(), *vllm_api.MsgpackEncoder().encode(request))
         tokens: list[int] = []
         stats = None
         while True:
@@ -147,7 +147,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def check_hand_off(prefill: Process, decode: Process) -> None:
-    """With the first token, and without it (the decode instance samples it again)."""
+    """With the first token, and without it (the decode instance computes the prompt's last token itself)."""
     rng = random.Random(1)
     for length in LENGTHS:
         prompt = [rng.randrange(100, 4000) for _ in range(length)]
@@ -159,7 +159,9 @@ async def check_hand_off(prefill: Process, decode: Process) -> None:
         rest, _, stats = await decode.generate(f"d-{length}", prompt + first, 23, dict(handle.params))
         assert first + rest == whole
         assert stats.num_external_cached_tokens == length
-        _, handle, _ = await prefill.generate(f"q-{length}", prompt, 1, keep_for_reader())
+        if length == 1:
+            continue
+        _, handle, _ = await prefill.generate(f"q-{length}", prompt[:-1], 1, keep_for_reader())
         assert handle is not None
         assert await decode.call("reset_prefix_cache")
         again, _, stats = await decode.generate(f"e-{length}", prompt, 24, dict(handle.params))
@@ -180,6 +182,35 @@ async def check_part_of_the_prompt_cached(prefill: Process, decode: Process) -> 
     assert first + rest == whole
     assert stats.num_local_cached_tokens == 3 * BLOCK
     assert stats.num_external_cached_tokens == 200
+
+
+async def check_refusal(decode: Process) -> None:
+    """A request that the engine can't take ends itself and nothing else."""
+    bad = vllm_api.EngineCoreRequest(
+        request_id="bad", prompt_token_ids=[5, 6], mm_features=None,
+        sampling_params=vllm_api.SamplingParams(
+            structured_outputs={"regex": "(unclosed"}, extra_args=None, max_tokens=3
+        ),
+        pooling_params=None, arrival_time=0.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
+    )  # fmt: skip
+    await decode.post(wire.ADD, b"bad", *vllm_api.MsgpackEncoder().encode(bad))
+    outputs: list[Any] = []
+    while not outputs:
+        outputs = [output for output in await decode.step() if output.request_id == "bad"]
+    assert outputs[0].finish_reason is vllm_api.FinishReason.ERROR
+    tokens, _, _ = await decode.generate("good", [5, 6, 7], 3)
+    assert len(tokens) == 3
+
+
+async def check_mismatch(prefill: Process, decode: Process) -> None:
+    """Blocks of another length than the prompt asks for are not read: better computed than wrong."""
+    prompt = [300 + i for i in range(200)]
+    whole, _, _ = await prefill.generate("mis-whole", prompt, 5)
+    _, handle, _ = await prefill.generate("mis-p", prompt, 1, keep_for_reader())
+    assert handle is not None
+    tokens, _, stats = await decode.generate("mis-d", prompt, 5, dict(handle.params))
+    assert tokens == whole
+    assert stats.num_external_cached_tokens == 0
 
 
 async def check_release(prefill: Process) -> None:
@@ -235,6 +266,9 @@ async def test_a_pair_of_engines(model: Path, engine_process: str) -> None:
         await check_hand_off(prefill, decode)
         await check_part_of_the_prompt_cached(prefill, decode)
         await check_release(prefill)
+        await check_mismatch(prefill, decode)
+        if engine_process == "thread":
+            await check_refusal(decode)
         await check_idle(prefill, decode)
         if engine_process == "own":
             # The engine's process dies, the worker's does not: it says so, and ends.

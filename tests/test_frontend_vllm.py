@@ -166,6 +166,7 @@ async def test_a_decode_hop_asks_for_the_rest() -> None:
     params = request.sampling_params
     assert request.prompt_token_ids == [*PROMPT, 11]
     assert (params.max_tokens, params.min_tokens, params.prompt_logprobs) == (19, 5, None)
+    assert not params.skip_reading_prefix_cache  # else the engine computes the prompt that it was sent
     assert params.extra_args["kv_transfer_params"]["do_remote_prefill"]
 
 

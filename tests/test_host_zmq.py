@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster import wire
 from cluster.engine import EngineDied
-from cluster.errors import IncompatiblePeer, NoInstance, ServingError
+from cluster.errors import EngineFailure, IncompatiblePeer, NoInstance, ServingError
 from cluster.host_zmq import EngineHost
 from cluster.instance import InstanceInfo, InstanceState
 from cluster.metrics import IngressMetrics
@@ -205,7 +205,11 @@ async def test_a_dead_engine_is_told_to_every_ingress() -> None:
 async def test_an_ingress_of_another_version_is_refused() -> None:
     async with cluster("prefill-0", "decode-0") as (ingress, instances):
         link = ZmqLink(
-            ingress.keeper._context, instances["prefill-0"].info, ingress._encode, ingress._on_outputs
+            ingress.keeper._context,
+            instances["prefill-0"].info,
+            ingress._encode,
+            ingress._on_outputs,
+            lambda info, what: None,
         )
         try:
             with pytest.raises(IncompatiblePeer, match=r"vllm 0\.1"):
@@ -217,12 +221,44 @@ async def test_an_ingress_of_another_version_is_refused() -> None:
 async def test_a_message_that_can_not_be_read_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
     async with cluster("prefill-0", "decode-0") as (ingress, _):
         link = ingress.keeper.links["decode-0"]
-        link._post([wire.ADD, b"\xc1 no msgpack"])
-        link._post([b"?", b"x"])
+        for frames in ([b"?", b"x"], [wire.ABORT], [wire.HELLO], [wire.ADD], [wire.CALL, b"\xc1"]):
+            link._post(frames)
         ingress.submit("r", 5)
         await until(lambda: not ingress.router.pending)
         assert ingress.tokens["r"] == expected_tokens(PROMPT, 5)
         assert "can't be read" in caplog.text
+
+
+async def test_a_request_that_can_not_be_read_ends_with_an_error() -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, _):
+        for link in ingress.keeper.links.values():
+            link._encode = lambda hop: [b"\xc1 no msgpack"]
+        ingress.submit("r", 5)
+        await until(lambda: "r" in ingress.errors)
+        assert isinstance(ingress.errors["r"], EngineFailure)
+        assert ingress.router.pending == 0
+
+
+async def test_outputs_that_can_not_be_read_cost_a_connection_and_not_the_instance() -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, _):
+        ingress.keeper.links["prefill-0"]._on_outputs = lambda info, frames: 1 / 0
+        ingress.submit("r", 5)
+        await until(lambda: "r" in ingress.errors)
+        await until(lambda: len(ingress.keeper.links) == 2)
+        ingress.submit("again", 5)
+        await until(lambda: not ingress.router.pending)
+        assert ingress.tokens["again"] == expected_tokens(PROMPT, 5)
+
+
+async def test_a_client_that_leaves_as_the_link_closes_is_not_served_on() -> None:
+    async with cluster("prefill-0", "decode-0", "decode-1") as (ingress, instances):
+        ingress.submit("r", 100_000)
+        await until(lambda: len(ingress.tokens.get("r", [])) > 3)
+        ingress.keeper.links["decode-0"].close()
+        ingress.router.abort(["r"])
+        await until(lambda: not ingress.router.pending)
+        await until(lambda: not instances["decode-1"].engine._running)
+        assert "r" not in ingress.errors
 
 
 async def test_a_call_of_a_method_the_engine_has_not_fails_with_its_words() -> None:

@@ -46,6 +46,7 @@ async def test_a_stateful_sampler_gets_all_its_tokens_from_the_decode_instance()
     await cluster.settle()
     prefill, decode = (cluster.instances[i].sent[0] for i in ("prefill-0", "decode-0"))
     assert not prefill.deliver
+    assert prefill.prompt_token_ids == PROMPT[:-1]
     assert decode.prompt_token_ids == PROMPT
     assert decode.max_tokens == 5
     # The statistics shown are of the engine that computed the prompt, not of the one that read it.
@@ -77,7 +78,7 @@ async def test_recomputing_what_was_sent_is_a_fault(caplog: pytest.LogCaptureFix
     cluster.instances["decode-0"].recomputes = True
     cluster.submit("r", PROMPT, 3)
     await cluster.settle()
-    cluster.instances["prefill-0"].kept.clear()  # an engine that recomputes lets the lease end
+    cluster.assert_nothing_held()  # an engine that recomputes does not tell the source: the router does
     assert cluster.metrics.kv_tokens_recomputed._value.get() == len(PROMPT)
     assert "fault: decode-0 recomputed 40 of 40" in caplog.text
 
@@ -245,7 +246,26 @@ async def test_draining_cuts_off_what_does_not_end() -> None:
     cluster.submit("r", PROMPT, 30)
     await cluster.router.drain(0.05)
     assert cluster.router.pending == 0
+    assert isinstance(cluster.errors["r"], Draining)
     cluster.assert_nothing_held()
+
+
+async def test_a_timeout_with_nobody_else_left_is_not_queued_again() -> None:
+    cluster = TwinCluster("prefill-0", "prefill-1", "decode-0", deadlines=QUICK)
+    cluster.instances["decode-0"].stalls_at = 0
+    cluster.submit("r", PROMPT, 9)
+    await cluster.settle()
+    assert isinstance(cluster.errors["r"], StageTimeout)
+    assert len(cluster.instances["decode-0"].sent) == 1
+    cluster.assert_nothing_held()
+
+
+async def test_a_one_token_prompt_has_nothing_to_hand_over_for_a_stateful_sampler() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0")
+    cluster.submit("r", [7], 5, Handoff.KV_ONLY)
+    await cluster.settle()
+    assert cluster.tokens["r"] == expected_tokens([7], 5)
+    assert not cluster.instances["prefill-0"].sent
 
 
 @settings(max_examples=60, deadline=None)

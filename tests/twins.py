@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from cluster.errors import ServingError
-from cluster.instance import EngineFacts, Fingerprint, InstanceInfo, InstanceState, Role
+from cluster.instance import EngineFacts, Fingerprint, InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import Handoff, ServeRequest
 from cluster.sim_engine import SEQUENCE_START, extend, next_token
@@ -77,6 +77,7 @@ class TwinInstance:
         self.stalls_at = 1 << 30
         self.recomputes = False
         self.wrong_from = 1 << 30
+        self.load = InstanceLoad()
 
     def send(self, hop: Hop) -> None:
         self.sent.append(hop)

@@ -114,7 +114,12 @@ def _up(args: argparse.Namespace) -> int:
         spec = spec.model_copy(update={"ingress": spec.ingress.model_copy(update={"port": args.port})})
     from deploy.ray_up import up
 
-    return up(spec, address=args.address, say=_say)
+    try:
+        return up(spec, address=args.address, say=_say, file=str(args.spec))
+    except ServingError as error:
+        # What is found wrong in the cluster does not know the file.
+        _say(f"pdserve: {str(error).replace('(spec)', str(args.spec))}")
+        return _exit_code(error)
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -156,6 +161,11 @@ def _down(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _exit_code(error: ServingError) -> int:
+    bad_input = isinstance(error, SpecError) or error.facts.get("bad_spec")
+    return EXIT_BAD_INPUT if bad_input else EXIT_FAILED
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -166,12 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
-    except SpecError as error:
-        _say(f"pdserve: {error}")
-        return EXIT_BAD_INPUT
     except ServingError as error:
         _say(f"pdserve: {error}")
-        return EXIT_BAD_INPUT if error.facts.get("bad_spec") else EXIT_FAILED
+        return _exit_code(error)
     except ValueError as error:
         _say(f"pdserve: {error}")
         return EXIT_BAD_INPUT

@@ -61,6 +61,12 @@ class IngressReplica:
         if spec.device == "cpu":
             # Tokenizing needs no thread pool, and the engines need the cores.
             os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # First, so that the engines load while this process imports vLLM.
+        get_or_create_controller(spec).start.remote()
+        from router.vllm_server import parse_server_arguments
+
+        # Here and not in the lifespan: of a constructor's errors, Serve tells what they say.
+        parse_server_arguments(spec)
         self._spec = spec
         self._name = f"ingress-{uuid.uuid4().hex[:8]}"
         self._engine_client: Any = None
@@ -71,7 +77,6 @@ class IngressReplica:
     @asynccontextmanager
     async def _living(self) -> AsyncIterator[Asgi]:
         controller = await self._controller()
-        # Imported here: seconds, during which the controller already starts the instances.
         from prometheus_client import REGISTRY
 
         from cluster.sim_engine import SIM_ENGINE_NAME

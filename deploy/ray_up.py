@@ -49,9 +49,9 @@ class DidNotStart(ServingError):
         return f"{self.part} did not start: {self.detail}"
 
 
-def up(spec: ClusterSpec, *, address: str | None, say: Say) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code."""
-    with serving(spec, address=address, say=say) as url:
+def up(spec: ClusterSpec, *, address: str | None, say: Say, file: str) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code. `file` is where the spec is from."""
+    with serving(spec, address=address, say=lambda line: say(line.replace("(spec)", file))) as url:
         say(f"serving {spec.api_model_name} at {url}/v1  (Ctrl-C to stop)")
         stop = threading.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -235,7 +235,7 @@ def _wait_until_healthy(
                     part=info.instance_id, detail=info.detail, bad_spec=info.hopeless == SpecError.reason
                 )
         if deploying.done():
-            _require_deployed(deploying)
+            _require_deployed(spec, deploying)
             if all(info.state is InstanceState.READY for info in membership.instances) and _healthy(url):
                 return
         if time.monotonic() > deadline_s:
@@ -245,13 +245,17 @@ def _wait_until_healthy(
             )
 
 
-def _require_deployed(deploying: Future[None]) -> None:
+def _require_deployed(spec: ClusterSpec, deploying: Future[None]) -> None:
     error = deploying.exception()
     if error is None:
         return
-    # Serve tells with its replica's traceback; of ours the last line says what is wrong.
-    told = re.findall(r"cluster\.errors\.(\w+): (.+)", str(error))
-    kind, detail = told[-1] if told else (type(error).__name__, str(error).strip().splitlines()[-1])
+    from ray import serve
+
+    deployments = serve.status().applications[spec.name].deployments.values()
+    text = "\n".join([str(error), *(deployment.message for deployment in deployments)])
+    # Serve tells with its replica's traceback; what ended the start-up is an error of ours, or the last line.
+    told = re.findall(r"(SpecError|EnvironmentProblem)\b[^:\n]*: (.+)", text)
+    kind, detail = told[-1] if told else (type(error).__name__, text.strip().splitlines()[-1])
     raise DidNotStart(part="the ingress", detail=detail, bad_spec=kind == SpecError.__name__)
 
 

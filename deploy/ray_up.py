@@ -25,7 +25,7 @@ from cluster.instance import InstanceState
 from cluster.spec import ClusterSpec
 from cluster.vllm_api import require_supported_vllm
 from deploy.installation import require_one_installation
-from deploy.running import RunningCluster, recorded
+from deploy.running import recorded, this_process
 from router.policy import make_policy
 
 Say = Callable[[str], None]
@@ -71,7 +71,7 @@ def serving(spec: ClusterSpec, *, address: str | None = None, say: Say) -> Itera
     """
     _check(spec)
     url = f"http://{spec.ingress.host}:{spec.ingress.port}"
-    with recorded(RunningCluster(name=spec.name, pid=os.getpid(), url=url)):
+    with recorded(this_process(spec.name, url)):
         began_s = time.monotonic()
 
         def timed(line: str) -> None:

@@ -19,11 +19,21 @@ STOP_DEADLINE_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningCluster:
-    """A cluster and the process that holds it."""
+    """A cluster and the process that holds it.
+
+    Attributes:
+        started: when that process started, in the kernel's ticks; with the pid it names one process for good.
+    """
 
     name: str
     pid: int
+    started: int
     url: str
+
+
+def this_process(name: str, url: str) -> RunningCluster:
+    """A cluster that this process holds."""
+    return RunningCluster(name=name, pid=os.getpid(), started=_started(os.getpid()) or 0, url=url)
 
 
 def _directory() -> Path:
@@ -59,7 +69,7 @@ def running_clusters() -> list[RunningCluster]:
     found = []
     for path in sorted(_directory().glob("*.json")):
         cluster = RunningCluster(**json.loads(path.read_text(encoding="utf-8")))
-        if _alive(cluster.pid):
+        if _alive(cluster):
             found.append(cluster)
         else:
             path.unlink(missing_ok=True)
@@ -88,7 +98,7 @@ def stop_running(name: str | None, say: Callable[[str], None]) -> None:
     say(f"stopping {cluster.name} (pid {cluster.pid})")
     os.kill(cluster.pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_DEADLINE_S
-    while _alive(cluster.pid):
+    while _alive(cluster):
         if time.monotonic() > deadline:
             raise EnvironmentProblem(
                 problem=f"{cluster.name} (pid {cluster.pid}) did not end in {STOP_DEADLINE_S:g} s",
@@ -98,9 +108,14 @@ def stop_running(name: str | None, say: Callable[[str], None]) -> None:
     say("stopped")
 
 
-def _alive(pid: int) -> bool:
+def _alive(cluster: RunningCluster) -> bool:
+    return _started(cluster.pid) == cluster.started
+
+
+def _started(pid: int) -> int | None:
+    """Start time of a process in ticks (field 22 of proc_pid_stat(5)); None when it is gone or a zombie."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
     except OSError:
-        return False
-    return stat.rsplit(")", 1)[1].split()[0] != "Z"
+        return None
+    return None if fields[0] == "Z" else int(fields[19])

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import pytest
 from cluster import vllm_api
 from cluster.errors import EnvironmentProblem
 from cluster.instance import InstanceInfo, InstanceState, Role
+from cluster.spec import load_spec
 from deploy import running
 from deploy.cli import main, make_parser
 from deploy.installation import require_one_installation
-from deploy.running import RunningCluster, recorded, running_clusters, stop_running
+from deploy.running import RunningCluster, recorded, running_clusters, stop_running, this_process
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_SPEC = str(ROOT / "deploy" / "specs" / "cpu.yaml")
@@ -209,12 +211,12 @@ def test_running_clusters_are_found_and_stopped(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(EnvironmentProblem, match="no cluster is running"):
         stop_running(None, print)
     alive = {4242}
-    monkeypatch.setattr(running, "_alive", lambda pid: pid in alive)
+    monkeypatch.setattr(running, "_started", lambda pid: 1 if pid in alive else None)
     monkeypatch.setattr(running.os, "kill", lambda pid, _: alive.discard(pid))
-    with recorded(RunningCluster(name="a", pid=4242, url="http://x")):
+    with recorded(RunningCluster(name="a", pid=4242, started=1, url="http://x")):
         with (
             pytest.raises(EnvironmentProblem, match="already up"),
-            recorded(RunningCluster(name="a", pid=1, url="http://y")),
+            recorded(RunningCluster(name="a", pid=1, started=1, url="http://y")),
         ):
             pass
         assert [c.name for c in running_clusters()] == ["a"]
@@ -222,6 +224,26 @@ def test_running_clusters_are_found_and_stopped(tmp_path: Path, monkeypatch: pyt
         stop_running(None, said.append)
         assert said == ["stopping a (pid 4242)", "stopped"]
     assert running_clusters() == []
+
+
+def test_another_process_with_the_pid_of_a_dead_one_is_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    me = this_process("a", "http://x")
+    with recorded(me):
+        assert [c.pid for c in running_clusters()] == [me.pid]
+        with recorded(replace(me, name="b", started=me.started - 1)):
+            assert [c.name for c in running_clusters()] == ["a"]
+
+
+def test_a_running_cluster_refuses_another_spec() -> None:
+    from deploy.ray_controller import require_same_spec
+
+    spec = load_spec(CPU_SPEC)
+    require_same_spec(spec, load_spec(CPU_SPEC))
+    with pytest.raises(EnvironmentProblem, match=r"another spec \(other: seed\)"):
+        require_same_spec(spec, load_spec(CPU_SPEC, {"seed": 7}))
 
 
 def test_all_packages_are_of_one_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ def engine_options(spec: ClusterSpec, role: Role, phase_defaults: dict[str, Any]
         "pipeline_parallel_size": pool.pipeline_parallel_size,
         "kv_transfer_config": kv_transfer_config(spec),
     }
-    if spec.engine_process == "thread":
-        options["distributed_executor_backend"] = "uni"
+    # Named, because inside a Ray actor vLLM would choose its Ray executor, and start Ray anew.
+    options["distributed_executor_backend"] = "uni" if pool.ranks == 1 else "mp"
     options |= pool.engine_options
     return options
 

@@ -1,4 +1,4 @@
-"""Pools with their own parallelism: one rank prefills, two ranks decode, in vLLM's own processes under Ray."""
+"""Pools with their own parallelism: one rank prefills, two decode, in vLLM's own processes under Ray."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import asyncio
 import json
 import random
 import sys
-import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from deploy.model_store import holds_foreign_checkpoint, tiny_model_ready, tiny_
 from deploy.replay import ReplayOptions, replay
 from deploy.replay_command import progress_line
 from deploy.replay_report import ReplayReport
+from deploy.status import read_metric
 from deploy.trace_shapes import conversation_like
 
 SPEC = Path(__file__).resolve().parent / "specs" / "cpu.yaml"
@@ -116,9 +116,9 @@ async def _replay(url: str) -> ReplayReport:
 
 
 def _kv_report(url: str) -> tuple[float, float]:
-    moved = _metric(url, "pdserve_kv_tokens_moved_total")
-    moved_bytes = _metric(url, "pdserve_kv_bytes_moved_total")
-    recomputed = _metric(url, "pdserve_kv_tokens_recomputed_total")
+    moved = read_metric(url, "pdserve_kv_tokens_moved_total")
+    moved_bytes = read_metric(url, "pdserve_kv_bytes_moved_total")
+    recomputed = read_metric(url, "pdserve_kv_tokens_recomputed_total")
     print(
         f"KV moved from prefill to decode: {moved:,.0f} tokens, {moved_bytes / 1e6:,.1f} MB; "
         f"recomputed: {recomputed:,.0f} tokens",
@@ -176,12 +176,6 @@ async def _events(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any
             if "error" in event:
                 raise RuntimeError(f"the server ended the stream with {event['error']}")
             yield event
-
-
-def _metric(url: str, name: str) -> float:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
 def _say(line: str) -> None:

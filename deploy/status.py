@@ -29,6 +29,13 @@ def fetch_status(url: str) -> dict[str, Any]:
         ) from None
 
 
+def read_metric(url: str, name: str) -> float:
+    """Sum over the labels of the samples of an ingress' `/metrics` whose names begin so. Raises OSError."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=DEADLINE_S) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
 def status_text(status: dict[str, Any]) -> str:
     """A table for people."""
     header = ("INSTANCE", "ROLE", "STATE", "RUNNING", "WAITING", "KV", "TOKENS", "WHERE", "NOTE")

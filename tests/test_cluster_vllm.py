@@ -20,6 +20,7 @@ import pytest
 
 from cluster.spec import ClusterSpec, load_spec
 from deploy.status import fetch_status
+from deploy.status import read_metric as metric
 from deploy.tiny_model_torch import build_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
@@ -90,12 +91,6 @@ def url(model: Path, reference: list[list[int]]) -> Iterator[str]:
 async def client(url: str) -> Any:
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def metric(url: str, name: str) -> float:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
 async def kv_empty(url: str, deadline_s: float) -> None:

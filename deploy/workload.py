@@ -1,25 +1,17 @@
 """Workloads: which request arrives when, and how long its prompt and its answer are.
 
-Reads the published traces (Azure LLM inference CSV, Mooncake JSONL, BurstGPT CSV) and a plain CSV, makes
-Poisson arrivals, changes the rate of a workload, shrinks one for a small model, and makes the prompts.
+The value, and what is done with a list of it: change the rate, shrink the lengths for a small model, make the
+prompts. Files are read by `deploy.trace_files`; what is drawn, not read, is in `deploy.trace_shapes` and
+`deploy.servegen`; `deploy.workload_grammar.make_workload` takes either by its text.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from itertools import chain
-from pathlib import Path
 from random import Random
-from typing import NamedTuple, TextIO, TypeVar
 
-_Parsed = TypeVar("_Parsed")
 MOONCAKE_TOKENS_PER_HASH = 512  # Mooncake FAST'25 traces, README: one id per block of 512 prompt tokens
 
 
@@ -47,73 +39,6 @@ class WorkloadRequest:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected at least 1")
 
 
-class TraceError(ValueError):
-    """A file that is no trace: where (`path`, `line` from 1), the `value`, what was `expected`."""
-
-    def __init__(self, path: Path, line: int, value: object, expected: str) -> None:
-        super().__init__(path, line, value, expected)  # all four, so that it pickles
-        self.path, self.line, self.value, self.expected = path, line, value, expected
-
-    def __str__(self) -> str:
-        shown = repr(self.value)
-        shown = shown if len(shown) <= 120 else shown[:117] + "..."
-        return f"{self.path}, line {self.line}: got {shown}, expected {self.expected}"
-
-
-class _Row(NamedTuple):
-    """A request as the file has it: its arrival counts from wherever the file starts counting."""
-
-    arrival_s: float
-    input_tokens: int
-    output_tokens: int
-    hash_ids: tuple[int, ...] = ()
-    session_id: str | None = None
-
-
-def load_trace(path: Path) -> list[WorkloadRequest]:
-    """Read a trace, plain or gzipped; the format is recognised by content, never by file name.
-
-    Returns the requests sorted by arrival, the first at 0 s. BurstGPT's failed calls (no response tokens) are
-    left out. Raises TraceError for a bad row, an unknown header or an empty trace, OSError for an unreadable
-    file.
-    """
-    last_line = 0
-    rows: list[_Row] = []
-    try:
-        with _open_text(path) as text:
-            for line, row in _rows(path, text):
-                rows.append(row)
-                last_line = line
-    except (UnicodeDecodeError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        # Decoding runs ahead of the rows, so the last good line is the nearest place that is known.
-        raise TraceError(path, last_line + 1, str(error), "readable UTF-8 text, plain or gzipped") from error
-    if not rows:
-        raise TraceError(path, 1, "", f"at least one request; {_KNOWN_FORMATS}")
-    rows.sort(key=lambda row: row.arrival_s)
-    start_s = rows[0].arrival_s
-    return [WorkloadRequest(**row._replace(arrival_s=row.arrival_s - start_s)._asdict()) for row in rows]
-
-
-def poisson(
-    rate_rps: float, count: int, input_tokens: int, output_tokens: int, rng: Random
-) -> list[WorkloadRequest]:
-    """`count` equal requests with exponential gaps of mean 1/`rate_rps` s, the first at 0 s.
-
-    Raises ValueError unless the rate is positive and finite and the count and both lengths are at least 1.
-    """
-    _positive("rate_rps", rate_rps)
-    if count < 1:
-        raise ValueError(f"count is {count!r}, expected at least 1")
-    requests = []
-    arrival_s = 0.0
-    for _ in range(count):
-        requests.append(
-            WorkloadRequest(arrival_s=arrival_s, input_tokens=input_tokens, output_tokens=output_tokens)
-        )
-        arrival_s += rng.expovariate(rate_rps)
-    return requests
-
-
 def from_zero(requests: Sequence[WorkloadRequest]) -> list[WorkloadRequest]:
     """The same requests, say a slice of a trace, sorted by arrival and moved so that the first is at 0 s."""
     start_s = min((request.arrival_s for request in requests), default=0.0)
@@ -139,11 +64,11 @@ def rescale(
     ValueError for none or both, for a value not positive and finite, and for a workload without a rate.
     """
     if rate_rps is not None and speedup is None:
-        _positive("rate_rps", rate_rps)
+        require_positive("rate_rps", rate_rps)
         speedup = rate_rps / mean_rate_rps(requests)
     elif rate_rps is not None or speedup is None:
         raise ValueError("give either rate_rps or speedup")
-    _positive("speedup", speedup)
+    require_positive("speedup", speedup)
     return [replace(request, arrival_s=request.arrival_s / speedup) for request in requests]
 
 
@@ -208,6 +133,25 @@ def prompt_tokens(
     return tokens + Random(f"{seed}/request/{index}").choices(vocab, k=rest)
 
 
+def fast_prompt_tokens(request: WorkloadRequest, index: int) -> list[int]:
+    """The prompt of request `index` for the simulator: it shares what `prompt_tokens` shares, at no cost.
+
+    A block with a hash id is that id's own token over and over, the rest is the request's own: two hash ids,
+    two indices, or a hash id and an index never have a token in common (blocks are even, the rest is odd).
+    The tokens exceed any vocabulary, so an engine that computes needs `prompt_tokens`; twins only compare.
+    """
+    tokens: list[int] = []
+    left = request.input_tokens
+    block = request.tokens_per_hash
+    for hash_id in request.hash_ids:
+        if left <= block:
+            return tokens + [2 * hash_id] * left
+        tokens += [2 * hash_id] * block
+        left -= block
+    tokens += [2 * index + 1] * left
+    return tokens
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The `percent`-th percentile with linear interpolation (`numpy.percentile`'s default method).
 
@@ -222,167 +166,11 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (rank - below)
 
 
-def _shrink(tokens: int, factor: float, limit: int) -> int:
-    return max(1, min(limit, round(tokens * factor)))
-
-
-def _positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """Raises ValueError for a value that is zero, negative, infinite or no number."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}, expected a positive finite number")
 
 
-# Reading files.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _CsvFormat:
-    """Which columns of a CSV hold what."""
-
-    arrival: str
-    input_tokens: str
-    output_tokens: str
-    session_id: str
-    parse_arrival_s: Callable[[object], float]
-    zero_output_is_failure: bool = False
-
-
-def _number(value: object) -> float:
-    """A finite number from CSV text or JSON; ValueError says what was expected."""
-    try:
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and "_" not in str(value):
-            number = float(value)
-            if math.isfinite(number):
-                return number
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError("a finite number")
-
-
-def _instant_s(value: object) -> float:
-    """Seconds since 1970 of a time stamp such as '2023-11-16 18:17:03.9799600', with or without an offset."""
-    try:
-        instant = datetime.fromisoformat(str(value))
-    except ValueError:
-        raise ValueError("a time stamp like 2023-11-16 18:17:03.9799600") from None
-    # Without an offset it is UTC: the machine's own zone could put a summer-time jump into the trace.
-    return (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp()
-
-
-def _whole(value: object) -> int:
-    """A whole number of tokens from CSV text or JSON; ValueError says what was expected."""
-    text = value.strip() if isinstance(value, str) else str(value) if type(value) is int else ""
-    if text.isascii() and text.isdigit() and len(text) <= 18 and int(text) >= 1:
-        return int(text)
-    raise ValueError("a whole number >= 1")
-
-
-_CSV_FORMATS = (
-    _CsvFormat(  # Azure/AzurePublicDataset, AzureLLMInferenceTrace_{code,conv}
-        arrival="TIMESTAMP",
-        input_tokens="ContextTokens",
-        output_tokens="GeneratedTokens",
-        session_id="",
-        parse_arrival_s=_instant_s,
-    ),
-    _CsvFormat(  # HPMLL/BurstGPT; its README: failed calls have no response tokens
-        arrival="Timestamp",
-        input_tokens="Request tokens",
-        output_tokens="Response tokens",
-        session_id="Session ID",
-        parse_arrival_s=_number,
-        zero_output_is_failure=True,
-    ),
-    _CsvFormat(
-        arrival="arrival_s",
-        input_tokens="input_tokens",
-        output_tokens="output_tokens",
-        session_id="session_id",
-        parse_arrival_s=_number,
-    ),
-)
-_MOONCAKE_KEYS = ("timestamp", "input_length", "output_length")
-_KNOWN_FORMATS = (
-    "a CSV header with "
-    + " or ".join(",".join((f.arrival, f.input_tokens, f.output_tokens)) for f in _CSV_FORMATS)
-    + " or JSON lines with "
-    + ", ".join(_MOONCAKE_KEYS)
-)
-
-
-def _open_text(path: Path) -> TextIO:
-    with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-    # utf-8-sig: spreadsheets put a byte order mark before the header
-    if is_gzip:
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _rows(path: Path, text: TextIO) -> Iterator[tuple[int, _Row]]:
-    """(line number, row) of every request in the file; none for a file of blank lines."""
-    for line, first in enumerate(text, start=1):
-        if first.strip():
-            read = _mooncake_rows if first.lstrip().startswith("{") else _csv_rows
-            yield from read(path, line, first, text)  # reads the text to its end
-
-
-def _csv_rows(path: Path, header_line: int, header: str, text: TextIO) -> Iterator[tuple[int, _Row]]:
-    columns = [column.strip() for column in next(csv.reader([header]))]
-    for layout in _CSV_FORMATS:
-        if {layout.arrival, layout.input_tokens, layout.output_tokens} <= set(columns):
-            break
-    else:
-        raise TraceError(path, header_line, header.strip(), _KNOWN_FORMATS)
-    reader = csv.reader(text)
-    for values in reader:
-        line = header_line + reader.line_num
-        if not values:
-            continue
-        if len(values) != len(columns):
-            raise TraceError(path, line, ",".join(values), f"{len(columns)} columns: {','.join(columns)}")
-        row = dict(zip(columns, values, strict=True))
-        if layout.zero_output_is_failure and row[layout.output_tokens].strip() == "0":
-            continue  # the source got no answer: there is no length to ask for
-        arrival_s = _field(path, line, row, layout.arrival, layout.parse_arrival_s)
-        input_tokens = _field(path, line, row, layout.input_tokens, _whole)
-        output_tokens = _field(path, line, row, layout.output_tokens, _whole)
-        yield line, _Row(arrival_s, input_tokens, output_tokens, (), row.get(layout.session_id) or None)
-
-
-def _mooncake_rows(path: Path, first_line: int, first: str, text: TextIO) -> Iterator[tuple[int, _Row]]:
-    for line, content in enumerate(chain([first], text), start=first_line):
-        if content.strip():
-            yield line, _mooncake_row(path, line, content)
-
-
-def _mooncake_row(path: Path, line: int, content: str) -> _Row:
-    row: object
-    try:
-        row = json.loads(content)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not row.keys() >= set(_MOONCAKE_KEYS):
-        raise TraceError(path, line, content.strip(), f"a JSON object with {', '.join(_MOONCAKE_KEYS)}")
-    session_id = row.get("session_id")
-    return _Row(
-        arrival_s=_field(path, line, row, "timestamp", _number) / 1000,
-        input_tokens=_field(path, line, row, "input_length", _whole),
-        output_tokens=_field(path, line, row, "output_length", _whole),
-        hash_ids=_field(path, line, {"hash_ids": row.get("hash_ids", [])}, "hash_ids", _hash_ids),
-        session_id=None if session_id is None else str(session_id),
-    )
-
-
-def _hash_ids(value: object) -> tuple[int, ...]:
-    if isinstance(value, list) and all(type(hash_id) is int and hash_id >= 0 for hash_id in value):
-        return tuple(value)
-    raise ValueError("a list of whole numbers >= 0")
-
-
-def _field(
-    path: Path, line: int, row: Mapping[str, object], name: str, parse: Callable[[object], _Parsed]
-) -> _Parsed:
-    try:
-        return parse(row[name])
-    except ValueError as error:
-        raise TraceError(path, line, row[name], f"{name}: {error}") from None
+def _shrink(tokens: int, factor: float, limit: int) -> int:
+    return max(1, min(limit, round(tokens * factor)))

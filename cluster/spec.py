@@ -20,6 +20,8 @@ from cluster.errors import SpecError
 from cluster.instance import Role
 
 EngineOptions = dict[str, Any]
+# The policy with which one pool may be empty: every instance serves both phases.
+UNSPLIT = "unsplit"
 
 
 class _Frozen(BaseModel):
@@ -30,7 +32,7 @@ class PoolSpec(_Frozen):
     """One pool: `count` equal instances of a role.
 
     Attributes:
-        count: instances at start.
+        count: instances at start; 0 only with the policy `unsplit`.
         tensor_parallel_size, pipeline_parallel_size: ranks of each instance; on GPUs it takes their product
             in GPUs, all on one node.
         cpus: CPU cores Ray reserves for an instance; on a CPU cluster each rank is bound to one core.
@@ -40,7 +42,7 @@ class PoolSpec(_Frozen):
         env: environment variables of the instance's processes.
     """
 
-    count: PositiveInt = 1
+    count: int = Field(default=1, ge=0)
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1
     cpus: float = Field(default=1.0, gt=0)
@@ -102,14 +104,52 @@ class TransferSpec(_Frozen):
     ucx_tls: str | None = None
 
 
-class SimEngineSpec(_Frozen):
-    """The twin engine's speed: what an iteration costs, in seconds."""
+class NetworkSpec(_Frozen):
+    """The links that the twins' KV moves over; what is not given is the hardware's.
 
+    Attributes:
+        gpus_per_node: instances are packed onto nodes in the order of the spec.
+        nic_gbps: between nodes, per GPU and direction, in gigabits per second.
+        nvlink_gbps: within a node, per GPU and direction, in gigabits per second; 0 for none (PCIe then).
+        latency_s: from asking for KV until its first byte.
+        overlap: whether chunks of a prompt move while later ones are computed.
+    """
+
+    gpus_per_node: PositiveInt | None = None
+    nic_gbps: PositiveFloat | None = None
+    nvlink_gbps: float | None = Field(default=None, ge=0)
+    latency_s: float = Field(default=0.001, ge=0)
+    overlap: bool = False
+
+
+class SimEngineSpec(_Frozen):
+    """How fast and how large the twins are: after a profile, after a model shape on a GPU, or by fixed costs.
+
+    Batching limits, block size and cache switches are vLLM's own keys in `engine_options`.
+
+    Attributes:
+        profile: file that `pdserve profile` wrote; one for both roles, or one for each.
+        hardware: name of a GPU (`cluster.hardware`); iteration times are then the roofline's.
+        shape: name of a model shape or a `config.json` (`cluster.model_shape`); default: the spec's model.
+        step_s, prefill_s_per_token: fixed costs, where neither of these is given.
+        block_size: tokens in a KV block, where `engine_options` has none.
+        kv_capacity_tokens: tokens in the KV cache of an instance; default: what the hardware's memory leaves
+            beside the weights, else 1,000,000.
+        max_model_len: where `engine_options` has none; default: the shape's, else 32,768.
+        separate_prefill: whether an iteration with prompts holds no decodes and goes first, as in vLLM up to
+            0.3; for policy `unsplit`, as on a decode instance every hand-over would stop the others.
+    """
+
+    profile: str | dict[Role, str] | None = None
+    hardware: str | None = None
+    shape: str | None = None
     prefill_s_per_token: float = Field(default=0.0, ge=0)
     step_s: float = Field(default=0.0, ge=0)
     block_size: PositiveInt = 16
-    kv_capacity_tokens: PositiveInt = 1_000_000
-    max_model_len: PositiveInt = 32_768
+    kv_capacity_tokens: PositiveInt | None = None
+    max_model_len: PositiveInt | None = None
+    separate_prefill: bool = False
+    network: NetworkSpec = Field(default_factory=NetworkSpec)
 
 
 class ClusterSpec(_Frozen):
@@ -145,12 +185,14 @@ class ClusterSpec(_Frozen):
     def _check(self) -> ClusterSpec:
         for role in Role:
             pool = self.pool(role)
+            if not pool.count and (self.policy != UNSPLIT or not self.prefill.count + self.decode.count):
+                raise ValueError(f"{role}.count is 0, and policy {self.policy!r} needs an instance there")
             if self.engine_process == "thread" and pool.ranks > 1:
                 raise ValueError(f"engine_process 'thread' runs one rank; {role} has {pool.ranks}: use 'own'")
-            if pool.pipeline_parallel_size > 1:
+            if pool.pipeline_parallel_size > 1 and self.engine == "vllm":
                 raise ValueError(
                     f"{role}.pipeline_parallel_size is {pool.pipeline_parallel_size}: KV can't be read from "
-                    "pipeline stages yet; use tensor_parallel_size"
+                    "pipeline stages yet; use tensor_parallel_size (the twin, engine: sim, has stages)"
                 )
             _refuse(pool.engine_options, f"{role}.engine_options")
         _refuse(self.engine_options, "engine_options")

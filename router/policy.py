@@ -9,7 +9,8 @@ from typing import Protocol
 from cluster.errors import NoInstance, SpecError
 from cluster.instance import Role
 from cluster.request import ServeRequest
-from router.view import ClusterView, InstanceView
+from cluster.spec import UNSPLIT
+from router.view import InstanceView, View
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,7 @@ class Decision:
     """Where a request goes.
 
     Attributes:
-        prefill, decode: instance ids.
+        prefill, decode: instance ids; equal when one instance serves both phases.
         link: name of the link that its KV takes.
         reason: one line for people.
         candidates: what was weighed, best first, as (instance id, score).
@@ -33,7 +34,7 @@ class Decision:
 class Policy(Protocol):
     """Decides; never acts, never asks the time."""
 
-    def decide(self, request: ServeRequest, view: ClusterView, now_s: float) -> Decision:
+    def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
         """Choose instances for a request. Raises NoInstance when a role has none."""
         ...
 
@@ -41,7 +42,7 @@ class Policy(Protocol):
 class LeastTokens:
     """For each role the instance with the fewest outstanding tokens; ties by the order of the spec."""
 
-    def decide(self, request: ServeRequest, view: ClusterView, now_s: float) -> Decision:
+    def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
         prefill = _least(view, Role.PREFILL)
         decode = _least(view, Role.DECODE)
         return Decision(
@@ -54,14 +55,30 @@ class LeastTokens:
         )
 
 
-def _least(view: ClusterView, role: Role) -> InstanceView:
-    instances = view.of(role)
-    if not instances:
-        raise NoInstance(role=role.value)
-    return min(instances, key=lambda v: (v.outstanding_tokens, v.info.engine_index))
+class Unsplit:
+    """Both phases on one instance of any role: the baseline that the split is compared with."""
+
+    def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
+        first = [instance for role in Role if (instance := next(view.by_tokens(role), None)) is not None]
+        if not first:
+            raise NoInstance(role=Role.PREFILL.value)
+        best = min(first, key=lambda v: (v.outstanding_tokens, v.info.engine_index))
+        return Decision(
+            prefill=best.instance_id,
+            decode=best.instance_id,
+            link="",
+            reason=f"fewest outstanding tokens: {best.outstanding_tokens} on {best.instance_id}",
+            candidates=((best.instance_id, float(best.outstanding_tokens)),),
+        )
 
 
-POLICIES: dict[str, type[Policy]] = {"least_tokens": LeastTokens}
+def _least(view: View, role: Role) -> InstanceView:
+    for instance in view.by_tokens(role):
+        return instance
+    raise NoInstance(role=role.value)
+
+
+POLICIES: dict[str, type[Policy]] = {"least_tokens": LeastTokens, UNSPLIT: Unsplit}
 
 
 def make_policy(name: str) -> Policy:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from cluster.errors import Draining, EngineFailure, InstanceLost, ServingError
+from cluster.errors import Draining, EngineFailure, InstanceLost, NoInstance, ServingError
 from cluster.instance import InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import ServeRequest
 from cluster.spec import DeadlineSpec
+from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
 from router.policy import Decision, Policy
 from router.run import Run
-from router.view import ClusterView, InstanceView, Reservations
+from router.view import ClusterView
 
 logger = logging.getLogger(__name__)
 
@@ -55,29 +56,26 @@ class Client(Protocol):
         ...
 
 
-class _Member:
-    __slots__ = ("info", "link")
-
-    def __init__(self, info: InstanceInfo, link: Link) -> None:
-        self.info = info
-        self.link = link
-
-
 class Router:
-    """Serves requests with the instances it is told of."""
+    """Serves requests with the instances it is told of.
+
+    Attributes:
+        on_decision: told every decision as it is made, with the loop's time.
+    """
 
     def __init__(
         self, policy: Policy, deadlines: DeadlineSpec, client: Client, metrics: IngressMetrics
     ) -> None:
         self.deadlines = deadlines
         self.metrics = metrics
-        self.reservations = Reservations()
+        self.fleet: Fleet[Link] = Fleet()
+        self.reservations = self.fleet.reservations
         self._policy = policy
         self._client = client
-        self._members: dict[str, _Member] = {}
         self._hops: dict[str, Hop] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._outcomes: dict[str, str] = {}
+        self.on_decision: Callable[[ServeRequest, Decision, float], None] | None = None
         self._draining = False
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -86,13 +84,12 @@ class Router:
 
     def join(self, info: InstanceInfo, link: Link) -> None:
         """An instance is READY and can be reached."""
-        self._members[info.instance_id] = _Member(info, link)
+        self.fleet.join(info, link)
         self._count_instances()
 
     def leave(self, instance_id: str, *, why: str) -> None:
         """An instance is gone: every hop that needs it fails, and its run goes elsewhere."""
-        member = self._members.pop(instance_id, None)
-        if member is None:
+        if self.fleet.leave(instance_id) is None:
             return
         self._count_instances()
         waiting = [hop for hop in self._hops.values() if hop.waits_for(instance_id)]
@@ -102,29 +99,16 @@ class Router:
 
     def update(self, info: InstanceInfo) -> None:
         """News of a known instance, for example that it is DRAINING: it keeps its requests, gets no more."""
-        if (member := self._members.get(info.instance_id)) is not None:
-            member.info = info
+        if self.fleet.update(info):
             self._count_instances()
 
     def view(self) -> ClusterView:
-        """The READY instances now."""
-        views: dict[Role, list[InstanceView]] = {role: [] for role in Role}
-        for member in sorted(self._members.values(), key=lambda m: m.info.engine_index):
-            if member.info.state is InstanceState.READY:
-                instance_id = member.info.instance_id
-                views[member.info.role].append(
-                    InstanceView(
-                        info=member.info,
-                        outstanding_tokens=self.reservations.tokens(instance_id),
-                        outstanding_requests=self.reservations.requests(instance_id),
-                        load=member.link.load,
-                    )
-                )
-        return ClusterView(prefill=tuple(views[Role.PREFILL]), decode=tuple(views[Role.DECODE]))
+        """The READY instances now, as a value."""
+        return self.fleet.snapshot()
 
     def kv_bytes_per_token(self, instance_id: str) -> int:
         """Bytes of KV cache a token takes there; 0 when it is gone."""
-        member = self._members.get(instance_id)
+        member = self.fleet.get(instance_id)
         return member.info.facts.kv_bytes_per_token if member and member.info.facts else 0
 
     # --- the requests
@@ -138,7 +122,7 @@ class Router:
         """
         if self._draining:
             raise Draining()
-        self._policy.decide(request, self.view(), asyncio.get_running_loop().time())
+        self._policy.decide(request, self.fleet, asyncio.get_running_loop().time())
         run = Run(request, self, asyncio.get_running_loop().time())
         task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
         self._runs[request.request_id] = task
@@ -183,6 +167,15 @@ class Router:
             hop.engine_ended = True
             hop.fail(EngineFailure(instance=instance_id, stage=hop.kind.value, detail=why))
 
+    def can_serve(self) -> bool:
+        """Whether a request would find the instances it needs now."""
+        probe = ServeRequest(request_id="probe", prompt_token_ids=[0], max_tokens=2)
+        try:
+            self._policy.decide(probe, self.fleet, asyncio.get_running_loop().time())
+        except NoInstance:
+            return False
+        return not self._draining
+
     @property
     def draining(self) -> bool:
         """Whether new requests are refused."""
@@ -215,23 +208,25 @@ class Router:
 
     def decide(self, request: ServeRequest, avoid: frozenset[str]) -> Decision:
         """The policy's decision on the instances there are now, without those that failed the request."""
-        return self._policy.decide(request, self.view().without(avoid), asyncio.get_running_loop().time())
+        view = self.fleet.without(avoid) if avoid else self.fleet
+        now_s = asyncio.get_running_loop().time()
+        decision = self._policy.decide(request, view, now_s)
+        if self.on_decision is not None:
+            self.on_decision(request, decision, now_s)
+        return decision
 
     def all_tried(self, tried: frozenset[str]) -> bool:
         """Whether some role has no instance left but those in `tried`."""
-        view = self.view()
-        return any(
-            all(instance.instance_id in tried for instance in instances)
-            for instances in (view.prefill, view.decode)
-        )
+        pools = [self.fleet.of(role) for role in Role]
+        return any(pool and all(i.instance_id in tried for i in pool) for pool in pools)
 
     @asynccontextmanager
     async def open(self, hop: Hop) -> AsyncIterator[None]:
         """Send a hop to its instance, and stop it there if it has not ended when the block is left."""
-        member = self._members.get(hop.instance_id)
+        member = self.fleet.get(hop.instance_id)
         if member is None:
             raise InstanceLost(instance=hop.instance_id, stage=hop.kind.value)
-        if hop.source is not None and hop.source.instance_id not in self._members:
+        if hop.source is not None and hop.source.instance_id not in self.fleet:
             raise InstanceLost(instance=hop.source.instance_id, stage=hop.kind.value)
         hop.progress_s = asyncio.get_running_loop().time()
         self._hops[hop.hop_id] = hop
@@ -245,7 +240,7 @@ class Router:
 
     def release(self, instance_id: str, request_ids: list[str]) -> None:
         """Let an instance free blocks that nobody will read."""
-        if (member := self._members.get(instance_id)) is not None:
+        if (member := self.fleet.get(instance_id)) is not None:
             member.link.release(request_ids)
             self.metrics.kv_released.inc(len(request_ids))
 
@@ -269,5 +264,5 @@ class Router:
     def _count_instances(self) -> None:
         for role in Role:
             for state in (InstanceState.READY, InstanceState.DRAINING):
-                count = sum(m.info.role is role and m.info.state is state for m in self._members.values())
+                count = self.fleet.count(role, state)
                 self.metrics.instances.labels(role=role.value, state=state.value).set(count)

@@ -41,7 +41,7 @@ class Run:
         self.timeline = Timeline(arrived_s=now_s)
         self._router = router
         self._hops = 0
-        self._recomputed = False
+        self._read = False
         self._avoid: frozenset[str] = frozenset()
 
     async def serve(self) -> None:
@@ -72,8 +72,8 @@ class Run:
         )
         if self.request.handoff is Handoff.NOTHING or nothing_to_hand_over:
             await self._whole(decision.decode)
-        elif remaining == 1:
-            # No decode follows: nothing to hand over.
+        elif remaining == 1 or decision.prefill == decision.decode:
+            # Nothing to hand over, or nobody to hand it to.
             await self._whole(decision.prefill)
         else:
             await self._split(decision)
@@ -106,8 +106,9 @@ class Run:
             decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
             await self._decode(decode, prefill.handle)
         finally:
-            # A decode that read the blocks has told their source; one that computed them anew has not.
-            read = decode is not None and decode.has_started and not self._recomputed
+            # A decode that read blocks has told their source; one that computed them anew, or had them in
+            # its own cache, may not have.
+            read = decode is not None and decode.has_started and self._read
             if prefill.handle is not None and not read:
                 self._router.release(decision.prefill, [prefill.handle.request_id])
 
@@ -137,13 +138,14 @@ class Run:
     def _account(self, hop: Hop, handle: KvHandle) -> None:
         stats = hop.stats
         if stats is None:
+            self._read = True
             return
         moved = stats.num_external_cached_tokens
         recomputed = max(0, handle.tokens - moved - stats.num_local_cached_tokens)
         self._router.metrics.kv_tokens_moved.inc(moved)
         self._router.metrics.kv_bytes_moved.inc(moved * self._router.kv_bytes_per_token(hop.instance_id))
+        self._read = moved > 0 and not recomputed
         if recomputed:
-            self._recomputed = True
             self._router.metrics.kv_tokens_recomputed.inc(recomputed)
             logger.error(
                 "fault: %s recomputed %d of %d KV tokens that %s had sent for request %s",

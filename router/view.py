@@ -1,10 +1,11 @@
-"""What a policy sees: a frozen snapshot of the READY instances, with the router's own reservations in it."""
+"""What a policy sees: the READY instances, with the router's own reservations in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from cluster.instance import InstanceInfo, InstanceLoad, Role
 
@@ -30,9 +31,26 @@ class InstanceView:
         return self.info.instance_id
 
 
+class View(Protocol):
+    """The READY instances at the time of a decision. A policy that must look at a cluster of any size in
+    little time asks for the least loaded ones, not for all."""
+
+    def of(self, role: Role) -> tuple[InstanceView, ...]:
+        """All of a role, in the order of the spec."""
+        ...
+
+    def by_tokens(self, role: Role) -> Iterator[InstanceView]:
+        """Those of a role from the fewest outstanding tokens on; ties in the order of the spec."""
+        ...
+
+    def without(self, instance_ids: frozenset[str]) -> View:
+        """The view without some instances; a role of which nothing would be left is kept whole."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """The READY instances of both roles, each in the order of the spec."""
+    """A view as a value: a snapshot, each role in the order of the spec."""
 
     prefill: tuple[InstanceView, ...]
     decode: tuple[InstanceView, ...]
@@ -40,9 +58,10 @@ class ClusterView:
     def of(self, role: Role) -> tuple[InstanceView, ...]:
         return self.prefill if role is Role.PREFILL else self.decode
 
-    def without(self, instance_ids: frozenset[str]) -> ClusterView:
-        """The view without some instances; a role of which nothing would be left is kept whole."""
+    def by_tokens(self, role: Role) -> Iterator[InstanceView]:
+        return iter(sorted(self.of(role), key=lambda v: (v.outstanding_tokens, v.info.engine_index)))
 
+    def without(self, instance_ids: frozenset[str]) -> ClusterView:
         def keep(views: tuple[InstanceView, ...]) -> tuple[InstanceView, ...]:
             return tuple(v for v in views if v.instance_id not in instance_ids) or views
 
@@ -50,11 +69,16 @@ class ClusterView:
 
 
 class Reservations:
-    """Tokens and requests that this router has under way on each instance."""
+    """Tokens and requests that this router has under way on each instance.
 
-    def __init__(self) -> None:
+    Args:
+        on_change: told the instance whose counts have changed.
+    """
+
+    def __init__(self, on_change: Callable[[str], None] = lambda instance_id: None) -> None:
         self._tokens: dict[str, int] = {}
         self._requests: dict[str, int] = {}
+        self._on_change = on_change
 
     def tokens(self, instance_id: str) -> int:
         return self._tokens.get(instance_id, 0)
@@ -80,3 +104,4 @@ class Reservations:
         self._requests[instance_id] = self._requests.get(instance_id, 0) + requests
         if self._requests[instance_id] == 0:
             del self._requests[instance_id], self._tokens[instance_id]
+        self._on_change(instance_id)

@@ -274,8 +274,7 @@ class RemoteLLM(AsyncLLM):  # type: ignore[misc]
         """Raise EngineDeadError (503) while draining, while a role has no READY instance, and for good when
         the output handler has died."""
         await super().check_health()
-        view = self.engine_core.router.view()
-        if self.engine_core.router.draining or not (view.prefill and view.decode):
+        if not self.engine_core.router.can_serve():
             raise self.dead_error
 
 

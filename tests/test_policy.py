@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cluster.errors import NoInstance, SpecError
 from cluster.instance import InstanceLoad
 from cluster.request import ServeRequest
+from cluster.spec import UNSPLIT
 from router.policy import POLICIES, LeastTokens, make_policy
 from router.view import ClusterView, InstanceView, Reservations
 from tests.twins import info_of
@@ -44,7 +45,7 @@ def test_least_tokens_takes_the_least_and_does_not_depend_on_order(
     assert policy.decide(REQUEST, shuffled, 9.0) == decision
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {UNSPLIT}))
 @pytest.mark.parametrize("missing", ["prefill", "decode"])
 def test_a_policy_without_instances_of_a_role_says_which(name: str, missing: str) -> None:
     some = {"prefill": view_of("prefill", [0]), "decode": view_of("decode", [0])}
@@ -52,6 +53,19 @@ def test_a_policy_without_instances_of_a_role_says_which(name: str, missing: str
     with pytest.raises(NoInstance) as caught:
         make_policy(name).decide(REQUEST, view, 0.0)
     assert caught.value.role == missing
+
+
+@given(st.lists(st.integers(0, 5), max_size=4), st.lists(st.integers(0, 5), max_size=4))
+def test_unsplit_takes_the_least_loaded_of_both_roles(prefill: list[int], decode: list[int]) -> None:
+    view = ClusterView(prefill=view_of("prefill", prefill), decode=view_of("decode", decode))
+    if not prefill + decode:
+        with pytest.raises(NoInstance):
+            make_policy(UNSPLIT).decide(REQUEST, view, 0.0)
+        return
+    decision = make_policy(UNSPLIT).decide(REQUEST, view, 0.0)
+    chosen = {v.instance_id: v.outstanding_tokens for v in view.prefill + view.decode}
+    assert decision.prefill == decision.decode
+    assert chosen[decision.prefill] == min(prefill + decode)
 
 
 def test_an_unknown_policy_is_refused_with_the_names() -> None:

@@ -73,6 +73,15 @@ async def test_kv_is_counted_as_moved() -> None:
     assert cluster.metrics.kv_tokens_recomputed._value.get() == 0
 
 
+async def test_what_the_reader_has_in_its_own_cache_is_released_at_the_source() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0")
+    cluster.instances["decode-0"].has_them = True
+    cluster.submit("r", PROMPT, 3)
+    await cluster.settle()
+    cluster.assert_nothing_held()
+    assert cluster.metrics.kv_tokens_recomputed._value.get() == 0
+
+
 async def test_recomputing_what_was_sent_is_a_fault(caplog: pytest.LogCaptureFixture) -> None:
     cluster = TwinCluster("prefill-0", "decode-0")
     cluster.instances["decode-0"].recomputes = True

@@ -66,6 +66,7 @@ class TwinInstance:
         kept: ids of finished prefills whose blocks wait for a reader.
         stalls_at: output position at which a request stops making progress (never, by default).
         recomputes: whether a decode ignores the blocks it was given.
+        has_them: whether a decode finds the prompt in its own cache, and so reads nothing and tells nobody.
     """
 
     def __init__(self, cluster: TwinCluster, info: InstanceInfo) -> None:
@@ -76,6 +77,7 @@ class TwinInstance:
         self.sent: list[Hop] = []
         self.stalls_at = 1 << 30
         self.recomputes = False
+        self.has_them = False
         self.wrong_from = 1 << 30
         self.load = InstanceLoad()
 
@@ -100,8 +102,11 @@ class TwinInstance:
     async def _run(self, hop: Hop) -> None:
         await asyncio.sleep(0)
         state = extend(SEQUENCE_START, hop.prompt_token_ids)
-        read = 0
-        if hop.source is not None and hop.source.handle is not None and not self.recomputes:
+        read = local = 0
+        given = hop.source is not None and hop.source.handle is not None
+        if given and self.has_them:
+            local = hop.source.handle.tokens
+        elif given and not self.recomputes:
             read = min(hop.source.handle.tokens, len(hop.prompt_token_ids) - 1)
             self.cluster.instances[hop.source.instance_id].kept.discard(hop.source.handle.request_id)
         for position in range(hop.max_tokens):
@@ -112,7 +117,9 @@ class TwinInstance:
             output = TokenOutput(request_id=hop.hop_id, new_token_ids=[token])
             if position == 0:
                 output.prefill_stats = PrefillCounts(
-                    num_prompt_tokens=len(hop.prompt_token_ids), num_external_cached_tokens=read
+                    num_prompt_tokens=len(hop.prompt_token_ids),
+                    num_local_cached_tokens=local,
+                    num_external_cached_tokens=read,
                 )
             if position == hop.max_tokens - 1:
                 output.finish_reason = FINISH_LENGTH

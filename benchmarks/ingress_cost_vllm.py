@@ -66,9 +66,10 @@ def twin_spec(model: str, port: int) -> Any:
 async def run_twin(instance_id: str, model: str) -> None:
     """A twin behind our wire; prints its address."""
     from cluster.host_zmq import EngineHost
+    from cluster.instance import Role
     from cluster.sim_engine import SIM_ENGINE_NAME, SimEngine
 
-    engine = SimEngine(twin_spec(model, 1))
+    engine = SimEngine.of(twin_spec(model, 1), Role.PREFILL)
     await engine.start(lambda _: None)
     host = EngineHost(engine, engine_name=SIM_ENGINE_NAME, instance_id=instance_id, incarnation="1")
     print(await host.bind("127.0.0.1"), flush=True)
@@ -81,9 +82,10 @@ async def run_vllm_twin(model: str, inputs: str, outputs: str) -> None:
     import zmq
     import zmq.asyncio
 
+    from cluster.instance import Role
     from cluster.sim_engine import SimEngine
 
-    engine = SimEngine(twin_spec(model, 1))
+    engine = SimEngine.of(twin_spec(model, 1), Role.PREFILL)
     await engine.start(lambda _: None)
     context = zmq.asyncio.Context()
     dealer, push = context.socket(zmq.DEALER), context.socket(zmq.PUSH)

@@ -1,27 +1,43 @@
-"""The twin engine: behaves like an engine towards its host, computes no model.
+"""The twin engine: behaves like vLLM towards its host, in time and memory, and computes no model.
 
-Its tokens are a function of the sequence so far, as a real model's greedy tokens are, so a request that is
-handed over, moved or replayed must go on with the same tokens or a test sees it.
+`sim_scheduler` decides its iterations, a latency model says how long they take, the running loop's clock,
+real or virtual, is what passes. Its tokens are a function of the sequence so far, as a real model's greedy
+tokens are, so a request that is handed over, moved or replayed must go on with the same tokens or a test
+sees it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import msgspec
 
 from cluster import wire
 from cluster.engine import Frames
+from cluster.errors import ServingError
 from cluster.fingerprint import model_fingerprint
-from cluster.instance import EngineFacts, Fingerprint
+from cluster.instance import EngineFacts, Fingerprint, Role
+from cluster.latency import EMPTY_BATCH, Batch
+from cluster.sim_options import TwinOptions, twin_options
+from cluster.sim_scheduler import Chunk, Scheduler, Sequence
 from cluster.spec import ClusterSpec
 from cluster.wire import Load, PrefillCounts, StepOutputs, TokenOutput, TokenRequest
 
-SIM_ENGINE_NAME = "sim 1"
+SIM_ENGINE_NAME = "sim 2"
 _VOCABULARY = range(100, 4000)
+_TOKEN_BYTES = [token.to_bytes(8, "little") for token in _VOCABULARY]
+SEQUENCE_START = 0
+# A process that is later than this was stopped, not slow, and its engine with it.
+_MOST_LATE_S = 0.1
+# Iterations that only decode are run ahead at most so far; more would be thrown away when a request arrives.
+_MOST_STEPS_AHEAD = 256
 
 
 def next_token(state: int) -> int:
@@ -30,134 +46,519 @@ def next_token(state: int) -> int:
 
 
 def extend(state: int, tokens: list[int]) -> int:
-    """Hash of a sequence after more tokens (FNV-1a over token ids, 64 bits)."""
-    for token in tokens:
-        state = ((state ^ token) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    return state
+    """Hash of a sequence after more tokens (CRC-32 over token ids of 64 bits)."""
+    return zlib.crc32(array("Q", tokens).tobytes(), state)
 
 
-SEQUENCE_START = 0xCBF29CE484222325
+class KvGone(ServingError):
+    """KV that was to be read is not there any more. Facts: `request_id`, `detail`."""
 
+    reason = "kv-gone"
 
-@dataclass(slots=True)
-class _Sequence:
     request_id: str
-    state: int
-    prompt_tokens: int
-    remaining: int
-    keeps: bool
-    read_tokens: int
-    generated: int = 0
+    detail: str
+
+    def describe(self) -> str:
+        return f"the KV of {self.request_id} can't be read: {self.detail}"
+
+
+class KvExchange(Protocol):
+    """How twins read each other's KV."""
+
+    def address(self) -> dict[str, Any]:
+        """What a reader needs to find this twin; becomes part of the handle."""
+        ...
+
+    def hold(self, handle: Mapping[str, Any]) -> None:
+        """Tell the source that its blocks will be read, however long it takes."""
+        ...
+
+    def let_go(self, handle: Mapping[str, Any]) -> None:
+        """Tell the source that they will not be read after all: their lease begins again."""
+        ...
+
+    async def read(self, handle: Mapping[str, Any], tokens: int) -> None:
+        """Move the KV of `tokens` tokens; the source frees it all then. Raises KvGone."""
+        ...
+
+
+class Watcher(Protocol):
+    """Whoever wants to know what goes on inside; ids are those of hops."""
+
+    def begun(self, request_id: str, now_s: float) -> None:
+        """Its first tokens are being computed here."""
+        ...
+
+    def reading(self, request_id: str, now_s: float) -> None:
+        """It has memory, and its KV is on its way."""
+        ...
+
+    def read(self, request_id: str, now_s: float) -> None:
+        """Its KV is there, or will never be."""
+        ...
+
+    def iterated(self, start_s: float, end_s: float, steps: int, batch: Batch) -> None:
+        """Iterations have ended; the batch is the first one's."""
+        ...
 
 
 @dataclass(slots=True)
-class SimEngine:
-    """Continuous batching by iteration: each step prefills what is waiting and gives every running request
-    one token; a step takes `spec.sim`'s time, or none."""
+class Counters:
+    """What a twin has done so far.
 
-    spec: ClusterSpec
-    _waiting: list[_Sequence] = field(default_factory=list)
-    _running: dict[str, _Sequence] = field(default_factory=dict)
-    _work: asyncio.Event = field(default_factory=asyncio.Event)
+    Attributes:
+        busy_s: seconds in which an iteration ran; with pipeline stages, each stage's share.
+        kv_block_s: blocks in use, integrated over those seconds.
+        peak: largest batch, component by component.
+    """
+
+    busy_s: float = 0.0
+    iterations: int = 0
+    decode_iterations: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    kv_peak_blocks: int = 0
+    kv_block_s: float = 0.0
+    peak: Batch = EMPTY_BATCH
+
+
+@dataclass(slots=True)
+class _Flight:
+    """Iterations of one lane that were decided and have not all ended; `ended` of them have. `stage_s` is the
+    first one's time in each pipeline stage."""
+
+    lane: int
+    chunks: list[Chunk]
+    batch: Batch
+    stage_s: float
+    start_s: float
+    ends: list[float]
+    ended: int = 0
+
+
+class SimEngine:
+    """One twin.
+
+    Attributes:
+        slowdown: factor on every iteration decided from now on.
+        counters: what it has done.
+    """
+
+    def __init__(
+        self,
+        options: TwinOptions,
+        model: str,
+        *,
+        exchange: KvExchange | None = None,
+        watcher: Watcher | None = None,
+        quiet_s: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            exchange: how KV moves; without one it is there at once and nothing is kept for a reader.
+            quiet_s: how long a running request may go without news; 0 tells every token as it comes. More
+                lets many iterations pass as one event, and changes no time.
+        """
+        self._options = options
+        self._model = model
+        self._exchange = exchange
+        self._watcher = watcher
+        self._quiet_s = quiet_s
+        self._scheduler = Scheduler(options)
+        self._flights: list[_Flight] = []
+        self._stage_free_s = [0.0] * options.pipeline_stages
+        self._ended_s: dict[int, float] = {}
+        self._changed: list[Sequence] = []
+        self._told: deque[tuple[float, Sequence]] = deque()
+        self._reads: dict[str, asyncio.Task[None]] = {}
+        self._leases: dict[str, asyncio.TimerHandle] = {}
+        self._ahead = _MOST_STEPS_AHEAD
+        self._counted_s = 0.0
+        self._waker: asyncio.Future[None] | None = None
+        self.slowdown = 1.0
+        self.counters = Counters()
+
+    @classmethod
+    def of(
+        cls, spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any] | None = None, **ports: Any
+    ) -> SimEngine:
+        """The twin of an instance of a spec; `ports` are the constructor's. Raises as `twin_options`."""
+        return cls(twin_options(spec, role, phase_options or {}), spec.model, **ports)
+
+    # --- cluster.engine.Engine
 
     async def start(self, progress: Callable[[str], None]) -> EngineFacts:
         progress("starting the twin engine")
-        sim = self.spec.sim
+        return self.facts()
+
+    def facts(self) -> EngineFacts:
+        """What it says of itself."""
+        options = self._options
         return EngineFacts(
             fingerprint=Fingerprint(
                 engine=SIM_ENGINE_NAME,
-                model=model_fingerprint(self.spec.model),
+                model=model_fingerprint(self._model),
                 dtype="none",
                 kv_dtype="none",
-                block_size_tokens=sim.block_size,
+                block_size_tokens=options.block_size,
             ),
-            max_model_len=sim.max_model_len,
-            kv_capacity_tokens=sim.kv_capacity_tokens,
-            kv_bytes_per_token=0,
-            max_num_seqs=1 << 20,
+            max_model_len=options.max_model_len,
+            kv_capacity_tokens=options.blocks * options.block_size,
+            kv_bytes_per_token=options.kv_bytes_per_token,
+            max_num_seqs=options.max_num_seqs,
+            tensor_parallel_size=options.gpus // options.pipeline_stages,
+            pipeline_parallel_size=options.pipeline_stages,
         )
 
     def add(self, frames: Frames) -> None:
-        request = msgspec.msgpack.decode(frames[0], type=TokenRequest)
+        self.submit(msgspec.msgpack.decode(frames[0], type=TokenRequest))
+
+    def submit(self, request: TokenRequest, known_hashes: list[int] | None = None) -> list[int]:
+        """Accept a request. ValueError for one that can never be served.
+
+        Args:
+            known_hashes: what `submit` returned of a prompt that this one begins with: the hashes of its
+                blocks.
+        """
         params = request.sampling_params or {}
         transfer = (params.get("extra_args") or {}).get("kv_transfer_params") or {}
-        sequence = _Sequence(
+        sequence = Sequence(
             request_id=request.request_id,
-            state=extend(SEQUENCE_START, request.prompt_token_ids),
-            prompt_tokens=len(request.prompt_token_ids),
-            remaining=params.get("max_tokens", 16),
-            keeps=bool(transfer.get("do_remote_decode")),
-            read_tokens=int(transfer.get("remote_num_tokens") or 0),
+            tokens=request.prompt_token_ids,
+            limit=params.get("max_tokens", 16),
+            keeps=bool(transfer.get("do_remote_decode")) and self._exchange is not None,
+            hands_over=bool(transfer.get("do_remote_decode")),
+            remote=transfer if transfer.get("do_remote_prefill") else None,
+            hash_state=extend(SEQUENCE_START, request.prompt_token_ids),
         )
-        self._waiting.append(sequence)
-        self._work.set()
+        self._scheduler.add(sequence, known_hashes or [])
+        if sequence.remote is not None and self._exchange is not None:
+            self._exchange.hold(sequence.remote)
+        self._has_changed()
+        return sequence.table.hashes
 
     def abort(self, request_ids: list[str]) -> None:
-        gone = set(request_ids)
-        self._waiting = [s for s in self._waiting if s.request_id not in gone]
+        self._settle(asyncio.get_running_loop().time())
         for request_id in request_ids:
-            self._running.pop(request_id, None)
+            sequence = self._scheduler.remove(request_id)
+            if (reading := self._reads.pop(request_id, None)) is not None:
+                reading.cancel()
+            if sequence is not None and sequence.remote is not None and self._exchange is not None:
+                self._exchange.let_go(sequence.remote)
+        self._has_changed()
 
     def release(self, request_ids: list[str]) -> None:
-        """Nothing to do: the twin keeps no blocks."""
+        freed = [self._scheduler.free_kept(request_id) for request_id in request_ids]
+        for request_id in request_ids:
+            if (lease := self._leases.pop(request_id, None)) is not None:
+                lease.cancel()
+        if any(freed):
+            self._has_changed()
 
     async def call(self, method: str, args: list[Any]) -> Any:
         raise NotImplementedError(f"the twin engine has no method {method!r}")
 
     async def outputs(self) -> StepOutputs:
-        while not (self._waiting or self._running):
-            self._work.clear()
-            await self._work.wait()
-        sim = self.spec.sim
-        started, self._waiting = self._waiting, []
-        uncached = sum(max(1, s.prompt_tokens - s.read_tokens) for s in started)
-        # Also without any cost: the host must get its turn to take requests and aborts.
-        await asyncio.sleep(sim.step_s + uncached * sim.prefill_s_per_token)
-        for sequence in started:
-            self._running[sequence.request_id] = sequence
-        return StepOutputs(outputs=[self._advance(s) for s in list(self._running.values())])
+        loop = asyncio.get_running_loop()
+        while True:
+            self._launch(loop.time())
+            await self._sleep(loop)
+            now_s = loop.time()
+            self._settle(now_s)
+            if outputs := self._outputs(now_s):
+                return StepOutputs(outputs=outputs)
 
     def load(self) -> Load:
-        return Load(running=len(self._running), waiting=len(self._waiting), kv_usage=0.0)
+        scheduler = self._scheduler
+        return Load(
+            running=scheduler.running,
+            waiting=scheduler.queued,
+            kv_usage=scheduler.pool.used / self._options.blocks,
+        )
 
     def part(self, outputs: StepOutputs, members: list[TokenOutput], *, with_stats: bool) -> Frames:
         return [msgspec.msgpack.encode(StepOutputs(outputs=members, timestamp=outputs.timestamp))]
 
     async def stop(self) -> None:
-        self._waiting.clear()
-        self._running.clear()
+        for task in self._reads.values():
+            task.cancel()
+        for lease in self._leases.values():
+            lease.cancel()
+        self._reads.clear()
+        self._leases.clear()
 
-    def _advance(self, sequence: _Sequence) -> TokenOutput:
-        token = next_token(sequence.state)
-        sequence.state = extend(sequence.state, [token])
-        sequence.remaining -= 1
-        sequence.generated += 1
-        output = TokenOutput(request_id=sequence.request_id, new_token_ids=[token])
-        if sequence.generated == 1:
-            output.prefill_stats = self._prefill_counts(sequence)
-        if sequence.remaining <= 0:
-            output.finish_reason = wire.FINISH_LENGTH
-            del self._running[sequence.request_id]
-            if sequence.keeps:
-                output.kv_transfer_params = self._handle(sequence)
-        return output
+    # --- the source's side of a transfer
 
-    @staticmethod
-    def _prefill_counts(sequence: _Sequence) -> PrefillCounts:
-        read = min(sequence.read_tokens, sequence.prompt_tokens - 1)
-        return PrefillCounts(
-            num_prompt_tokens=sequence.prompt_tokens,
-            num_computed_tokens=sequence.prompt_tokens - read,
-            num_cached_tokens=read,
-            num_external_cached_tokens=read,
+    def held(self, request_id: str) -> bool:
+        """A reader will come: the lease ends. False when the blocks are gone."""
+        if (lease := self._leases.pop(request_id, None)) is not None:
+            lease.cancel()
+        return request_id in self._scheduler.kept
+
+    def lease_again(self, request_id: str) -> None:
+        """Its reader will not come: the lease begins again, unless the blocks are gone."""
+        if request_id in self._scheduler.kept and request_id not in self._leases:
+            self._leases[request_id] = asyncio.get_running_loop().call_later(
+                self._options.lease_s, self.release, [request_id]
+            )
+
+    def set_slowdown(self, factor: float) -> None:
+        """Make iterations take `factor` times as long from the next one on."""
+        self.slowdown = factor
+        self._has_changed()
+
+    @property
+    def preemptions(self) -> int:
+        """Requests that lost their blocks to others and were computed anew."""
+        return self._scheduler.preemptions
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """Prompt tokens whose KV was found in the cache."""
+        return self._scheduler.prefix_hit_tokens
+
+    @property
+    def idle(self) -> bool:
+        """Whether it holds no request and no block for anybody."""
+        return self._scheduler.empty and not self._scheduler.pool.used
+
+    # --- time
+
+    def _launch(self, now_s: float) -> None:
+        """Begin an iteration of every lane that has none, as far as the first stage is free."""
+        scheduler = self._scheduler
+        for lane in range(self._options.pipeline_stages):
+            if self._stage_free_s[0] > now_s:
+                return
+            if any(flight.lane == lane for flight in self._flights):
+                continue
+            start_s = self._start_s(lane, now_s)
+            step, to_read = scheduler.schedule(lane)
+            for sequence in to_read:
+                self._read(sequence, now_s)
+            if step is None and to_read and self._exchange is None:
+                step, _ = scheduler.schedule(lane)  # what is to be read is there at once
+            if step is None:
+                continue
+            if self._watcher is not None:
+                for chunk in step.chunks:
+                    if not chunk.sequence.begun:
+                        chunk.sequence.begun = True
+                        self._watcher.begun(chunk.sequence.request_id, start_s)
+            stage_s = self.slowdown * self._options.latency.iteration_s(step.batch) / len(self._stage_free_s)
+            ends = [self._through_stages(stage_s, start_s)]
+            if self._quiet_s and not step.chunks and self._options.pipeline_stages == 1:
+                self._run_ahead(lane, step.batch, ends)
+            self._flights.append(_Flight(lane, step.chunks, step.batch, stage_s, start_s, ends))
+
+    def _start_s(self, lane: int, now_s: float) -> float:
+        """When a lane's next iteration starts: as its last one ended, if this is the first look since.
+
+        In real time that was some wake-ups ago. An engine on a GPU does not wait for them, and the lateness
+        of each iteration would add up.
+        """
+        ended_s = self._ended_s.pop(lane, now_s)
+        if now_s - ended_s > _MOST_LATE_S:
+            return now_s
+        return min(now_s, max(ended_s, self._stage_free_s[0]))
+
+    def _through_stages(self, stage_s: float, now_s: float) -> float:
+        """When an iteration that starts now ends, behind the ones before it in the pipeline."""
+        end_s = now_s
+        for stage, free_s in enumerate(self._stage_free_s):
+            end_s = max(end_s, free_s) + stage_s
+            self._stage_free_s[stage] = end_s
+        return end_s
+
+    def _run_ahead(self, lane: int, batch: Batch, ends: list[float]) -> None:
+        """Add the ends of the iterations that will follow as long as nothing changes but the contexts."""
+        group = self._scheduler.groups[lane]
+        free = self._scheduler.pool.free
+        requests, context = batch.decode_requests, batch.decode_context_tokens
+        end_s = ends[0]
+        last_s = end_s + self._quiet_s
+        iteration_s, slowdown = self._options.latency.iteration_s, self.slowdown
+        for ahead in range(1, min(group.steps_to_next_end(), self._ahead)):
+            free -= group.blocks_at(ahead)
+            if free < 0 or end_s > last_s:
+                break
+            context += requests
+            end_s += slowdown * iteration_s(Batch(0, 0, 0, requests, context))
+            ends.append(end_s)
+        self._stage_free_s[0] = end_s
+
+    def _settle(self, now_s: float) -> None:
+        """Account for the iterations that have ended by now."""
+        for flight in list(self._flights):
+            steps = bisect_right(flight.ends, now_s, lo=flight.ended) - flight.ended
+            if not steps:
+                continue
+            start_s = flight.ends[flight.ended - 1] if flight.ended else flight.start_s
+            self._count(flight, start_s, steps)
+            chunks = flight.chunks if not flight.ended else []
+            for chunk in chunks:
+                chunk.sequence.last_chunk_tokens = chunk.tokens
+                chunk.sequence.first_chunk_s = min(chunk.sequence.first_chunk_s, flight.ends[0])
+            self._changed += self._scheduler.complete(flight.lane, chunks, steps)
+            flight.ended += steps
+            if flight.ended == len(flight.ends):
+                self._flights.remove(flight)
+                self._ended_s[flight.lane] = flight.ends[-1]
+                self._ahead = min(_MOST_STEPS_AHEAD, 8 + 2 * flight.ended)
+            else:
+                self._scheduler.begin_next(flight.lane)
+
+    def _has_changed(self) -> None:
+        """Something is to be decided anew: of the iterations decided ahead, only the one that runs stays."""
+        flights = self._flights
+        cut = len(flights) < len(self._stage_free_s)
+        if self._quiet_s and flights:
+            self._settle(asyncio.get_running_loop().time())
+            for flight in flights:
+                if flight.ended + 1 < len(flight.ends):
+                    del flight.ends[flight.ended + 1 :]
+                    self._stage_free_s[0] = flight.ends[-1]
+                    cut = True
+        if cut or not flights:
+            self._wake()
+
+    async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Until the next iteration ends, a stage is free for a lane, or something happens. Always gives
+        others their turn: the host must get to take requests and aborts."""
+        wake_s = min((flight.ends[-1] for flight in self._flights), default=None)
+        if wake_s is not None and len(self._flights) < len(self._stage_free_s):
+            wake_s = min(wake_s, max(self._stage_free_s[0], loop.time()))
+            if wake_s <= loop.time():
+                wake_s = min(flight.ends[-1] for flight in self._flights)
+        if wake_s is not None and wake_s <= loop.time():
+            await asyncio.sleep(0)
+            return
+        self._waker = loop.create_future()
+        timer = None if wake_s is None else loop.call_at(wake_s, self._wake)
+        try:
+            await self._waker
+        finally:
+            self._waker = None
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
+
+    # --- KV from and for others
+
+    def _read(self, sequence: Sequence, now_s: float) -> None:
+        if self._watcher is not None:
+            self._watcher.reading(sequence.request_id, now_s)
+        if self._exchange is None:
+            self._scheduler.loaded(sequence, arrived=True)
+            return
+        task = asyncio.create_task(
+            self._reading(sequence, self._exchange), name=f"read-{sequence.request_id}"
         )
+        self._reads[sequence.request_id] = task
 
-    @staticmethod
-    def _handle(sequence: _Sequence) -> dict[str, Any]:
+    async def _reading(self, sequence: Sequence, exchange: KvExchange) -> None:
+        assert sequence.remote is not None
+        arrived = True
+        try:
+            await exchange.read(sequence.remote, sequence.external)
+        except KvGone:
+            arrived = False
+        del self._reads[sequence.request_id]
+        self._scheduler.loaded(sequence, arrived=arrived)
+        if self._watcher is not None:
+            self._watcher.read(sequence.request_id, asyncio.get_running_loop().time())
+        self._has_changed()
+
+    def _keep(self, sequence: Sequence) -> dict[str, Any]:
+        """The handle of an ended request's blocks; their lease begins."""
+        if sequence.keeps:
+            self.lease_again(sequence.request_id)
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "remote_block_ids": [[0]],
             "remote_request_id": sequence.request_id,
-            "remote_num_tokens": sequence.prompt_tokens,
+            "remote_num_tokens": len(sequence.tokens),
+            # For a reader that was sent the chunks as they were finished.
+            "chunks_s": max(0.0, sequence.told_s - sequence.first_chunk_s),
+            "last_chunk_share": min(1.0, sequence.last_chunk_tokens / len(sequence.tokens)),
+            **({} if self._exchange is None else self._exchange.address()),
         }
+
+    # --- what is told
+
+    def _outputs(self, now_s: float) -> list[TokenOutput]:
+        """News of the requests that changed; of all, where every token is told at once."""
+        changed, self._changed = self._changed, []
+        if not self._quiet_s:
+            known = {id(sequence) for sequence in changed}
+            running = (s for group in self._scheduler.groups for s in group.members.values())
+            changed = [s for s in running if id(s) not in known] + changed
+        outputs = [self._output(sequence, now_s) for sequence in changed if self._has_news(sequence)]
+        told = self._told
+        while told and told[0][0] + self._quiet_s < now_s:
+            told_s, sequence = told.popleft()
+            # Told again since, or ended: then there is a later entry, or none is needed.
+            if sequence.told_s == told_s and self._has_news(sequence) and not sequence.ended:
+                outputs.append(self._output(sequence, now_s))
+        return outputs
+
+    def _has_news(self, sequence: Sequence) -> bool:
+        self._scheduler.bring_up(sequence)
+        return sequence.generated > sequence.told
+
+    def _output(self, sequence: Sequence, now_s: float) -> TokenOutput:
+        is_first = not sequence.told
+        output = TokenOutput(request_id=sequence.request_id, new_token_ids=self._tokens(sequence))
+        if is_first:
+            output.prefill_stats = PrefillCounts(
+                num_prompt_tokens=len(sequence.tokens),
+                num_computed_tokens=len(sequence.tokens) - sequence.local - sequence.external,
+                num_cached_tokens=sequence.local + sequence.external,
+                num_local_cached_tokens=sequence.local,
+                num_external_cached_tokens=sequence.external,
+            )
+        sequence.told_s = now_s
+        if sequence.generated == sequence.limit:
+            output.finish_reason = wire.FINISH_LENGTH
+            if sequence.hands_over:
+                output.kv_transfer_params = self._keep(sequence)
+        elif self._quiet_s:
+            self._told.append((now_s, sequence))
+        return output
+
+    @staticmethod
+    def _tokens(sequence: Sequence) -> list[int]:
+        state, crc32, encoded, size = sequence.hash_state, zlib.crc32, _TOKEN_BYTES, len(_TOKEN_BYTES)
+        first = _VOCABULARY.start
+        tokens = []
+        for _ in range(sequence.generated - sequence.told):
+            index = state % size
+            tokens.append(first + index)
+            state = crc32(encoded[index], state)
+        sequence.hash_state = state
+        sequence.told = sequence.generated
+        return tokens
+
+    def _count(self, flight: _Flight, start_s: float, steps: int) -> None:
+        end_s = flight.ends[flight.ended + steps - 1]
+        counters, batch = self.counters, flight.batch
+        counters.busy_s += flight.stage_s if len(self._stage_free_s) > 1 else end_s - start_s
+        counters.iterations += steps
+        if not flight.ended:
+            counters.prefill_tokens += batch.prefill_tokens
+        if batch.decode_requests:
+            counters.decode_iterations += steps
+            counters.decode_tokens += steps * batch.decode_requests
+        used = self._scheduler.pool.used
+        counters.kv_peak_blocks = max(counters.kv_peak_blocks, used)
+        # Iterations of several lanes overlap; memory is in use once.
+        counters.kv_block_s += used * max(0.0, end_s - max(start_s, self._counted_s))
+        self._counted_s = max(end_s, self._counted_s)
+        last_context = batch.decode_context_tokens + (flight.ended + steps - 1) * batch.decode_requests
+        counters.peak = Batch(*map(max, counters.peak, batch._replace(decode_context_tokens=last_context)))
+        if self._watcher is not None:
+            self._watcher.iterated(start_s, end_s, steps, batch)

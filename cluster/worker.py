@@ -9,11 +9,14 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.engine import Engine, EngineDied
 from cluster.instance import EngineFacts, InstanceState, Role
 from cluster.spec import ClusterSpec
+
+if TYPE_CHECKING:  # a worker on a GPU has none
+    from cluster.sim_exchange import SocketExchange
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class Worker:
         self._phase_options = phase_options
         self._on_phase = on_phase
         self._engine: Engine | None = None
+        self._exchange: SocketExchange | None = None
         self._hosting: Any = None
         self._ended = asyncio.Event()
         self.state = InstanceState.STARTING
@@ -64,6 +68,8 @@ class Worker:
         """
         engine, name = await asyncio.to_thread(self._make_engine)
         self._engine = engine
+        if self._exchange is not None:
+            await self._exchange.start()
         facts = await engine.start(self._note)
         from cluster.host_zmq import EngineHost
 
@@ -103,9 +109,7 @@ class Worker:
 
     def _make_engine(self) -> tuple[Engine, str]:
         if self._spec.engine == "sim":
-            from cluster.sim_engine import SIM_ENGINE_NAME, SimEngine
-
-            return SimEngine(self._spec), SIM_ENGINE_NAME
+            return self._make_twin()
         from cluster.vllm_options import engine_options, require_device, set_engine_environment
 
         require_device(self._spec, self._instance_id)
@@ -121,6 +125,25 @@ class Worker:
         kind = vllm_engine.ThreadEngine if in_thread else vllm_engine.ProcessEngine
         return kind(options), vllm_engine.VLLM_ENGINE_NAME
 
+    def _make_twin(self) -> tuple[Engine, str]:
+        from cluster.sim_engine import SIM_ENGINE_NAME, SimEngine
+        from cluster.sim_exchange import SocketExchange
+        from cluster.sim_options import twin_options
+
+        options = twin_options(self._spec, self._role, self._phase_options)
+        exchange = SocketExchange.of(
+            self._spec,
+            self._role,
+            host=self._host,
+            instance_id=self._instance_id,
+            incarnation=self._incarnation,
+            kv_bytes_per_token=options.kv_bytes_per_token,
+        )
+        engine = SimEngine(options, self._spec.model, exchange=exchange)
+        exchange.source = engine
+        self._exchange = exchange
+        return engine, SIM_ENGINE_NAME
+
     async def _stop(self) -> None:
         self.state = InstanceState.GONE
         if self._hosting is not None:
@@ -128,6 +151,8 @@ class Worker:
         if self._engine is not None:
             with contextlib.suppress(EngineDied):
                 await self._engine.stop()
+        if self._exchange is not None:
+            await self._exchange.close()
 
 
 def free_port(host: str) -> int:

@@ -13,7 +13,8 @@ from cluster.errors import ServingError
 FACTS: dict[str, Any] = {
     "file": "f", "path": "p", "value": 1, "allowed": "a", "problem": "p", "remedy": "r", "ours": 1,
     "theirs": 2, "instance": "decode-0", "role": "decode", "detail": "d", "stage": "decode",
-    "deadline_s": 1.5, "position": 3, "part": "decode-0", "bad_spec": True,
+    "deadline_s": 1.5, "position": 3, "part": "decode-0", "bad_spec": True, "request_id": "r", "held": "h",
+    "now_s": 1.0, "waiting": ["main in f"], "callbacks": 3, "last": "l", "source": "a", "target": "b",
 }  # fmt: skip
 
 

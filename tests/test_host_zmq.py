@@ -16,7 +16,7 @@ from cluster import wire
 from cluster.engine import EngineDied
 from cluster.errors import EngineFailure, IncompatiblePeer, NoInstance, ServingError
 from cluster.host_zmq import EngineHost
-from cluster.instance import InstanceInfo, InstanceState
+from cluster.instance import InstanceInfo, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.registry import Membership
 from cluster.request import ServeRequest
@@ -30,14 +30,15 @@ from router.router import Router
 from tests.twins import expected_tokens, info_of, until
 
 PROMPT = list(range(100, 130))
-SPEC = ClusterSpec(model="m", device="cpu", engine="sim", sim=SimEngineSpec(step_s=0.001))
+SIM = SimEngineSpec(step_s=0.001, max_model_len=200_000)
+SPEC = ClusterSpec(model="m", device="cpu", engine="sim", sim=SIM)
 
 
 class Instance:
     """A host with a twin engine, serving in this loop."""
 
     def __init__(self, instance_id: str, index: int = 0) -> None:
-        self.engine = SimEngine(SPEC)
+        self.engine = SimEngine.of(SPEC, Role.PREFILL)
         self.host = EngineHost(
             self.engine, engine_name=SIM_ENGINE_NAME, instance_id=instance_id, incarnation="1"
         )
@@ -160,7 +161,7 @@ async def test_an_ingress_that_vanishes_has_its_requests_aborted() -> None:
         for link in list(two.keeper.links.values()):
             link._socket.close(linger=0)  # no goodbye, as a killed process
         await until(lambda: all(i.host.requests == 0 for i in instances.values()))
-        await until(lambda: not instances["decode-0"].engine._running)
+        await until(lambda: not instances["decode-0"].engine.load().running)
         two.router.abort(["r"])
         await two.keeper.close()
 
@@ -170,7 +171,7 @@ async def test_an_aborted_request_leaves_the_engine() -> None:
         ingress.submit("r", 100_000)
         await until(lambda: len(ingress.tokens.get("r", [])) > 3)
         ingress.router.abort(["r"])
-        await until(lambda: not instances["decode-0"].engine._running)
+        await until(lambda: not instances["decode-0"].engine.load().running)
         assert instances["decode-0"].host.requests == 0
 
 
@@ -257,7 +258,7 @@ async def test_a_client_that_leaves_as_the_link_closes_is_not_served_on() -> Non
         ingress.keeper.links["decode-0"].close()
         ingress.router.abort(["r"])
         await until(lambda: not ingress.router.pending)
-        await until(lambda: not instances["decode-1"].engine._running)
+        await until(lambda: not instances["decode-1"].engine.load().running)
         assert "r" not in ingress.errors
 
 

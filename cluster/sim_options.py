@@ -1,0 +1,188 @@
+"""From a spec to what the twin of one of its instances is: limits, memory, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import SpecError
+from cluster.hardware import Hardware, hardware_named
+from cluster.instance import Role
+from cluster.latency import ConstantLatency, LatencyModel, ProfiledLatency, load_profile
+from cluster.model_shape import ModelShape, shape_of
+from cluster.roofline import RooflineLatency
+from cluster.spec import ClusterSpec
+
+# Without any word about memory: more than any test fills.
+DEFAULT_KV_TOKENS = 1_000_000
+DEFAULT_MAX_MODEL_LEN = 32_768
+# vLLM 0.32: CacheConfig.gpu_memory_utilization.
+GPU_MEMORY_UTILIZATION = 0.92
+# Activations, CUDA graphs and buffers of an engine on each GPU. vLLM measures them at start; this is what is
+# left of its gpu_memory_utilization beside weights and KV in DistServe's table of OPT on A100s.
+ACTIVATION_BYTES = 3 * 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwinOptions:
+    """An instance's twin.
+
+    Attributes:
+        blocks, block_size: KV memory, in blocks and tokens per block.
+        max_model_len: longest prompt plus output, in tokens.
+        max_num_seqs, max_num_batched_tokens, long_prefill_token_threshold: vLLM's limits of an iteration.
+        chunked_prefill: whether a prompt may be computed in parts.
+        separate_prefill: whether an iteration with prompts holds no decodes, and goes first.
+        prefix_caching: whether blocks are found again.
+        reserve_full_prompt: whether a prompt is begun only when all of it fits the free blocks.
+        pipeline_stages, gpus: how it is laid out.
+        latency: iteration times.
+        kv_bytes_per_token: over all layers, of the whole model.
+        lease_s: how long blocks are kept for a reader that nobody hears of.
+    """
+
+    blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    latency: LatencyModel
+    long_prefill_token_threshold: int = 0
+    chunked_prefill: bool = True
+    separate_prefill: bool = False
+    prefix_caching: bool = True
+    reserve_full_prompt: bool = True
+    pipeline_stages: int = 1
+    gpus: int = 1
+    kv_bytes_per_token: int = 0
+    lease_s: float = 30.0
+
+
+def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]) -> TwinOptions:
+    """The twin of an instance of `role`; the engine options weigh as they do for vLLM: the phase's, then the
+    spec's, then the pool's.
+
+    Raises:
+        SpecError: an unknown shape or hardware, a profile of another layout, or a model that does not fit.
+    """
+    pool, sim = spec.pool(role), spec.sim
+    options: dict[str, Any] = {**phase_options, **spec.engine_options, **pool.engine_options}
+    hardware = hardware_named(sim.hardware) if sim.hardware else None
+    shape = _shape(spec, needed=hardware is not None)
+    block_size = int(options.get("block_size") or sim.block_size)
+    max_model_len = int(
+        options.get("max_model_len")
+        or sim.max_model_len
+        or (shape.max_positions if shape and shape.max_positions else DEFAULT_MAX_MODEL_LEN)
+    )
+    tokens = _kv_tokens(spec, role, options, shape, hardware)
+    blocks = tokens // block_size
+    if blocks * block_size < max_model_len:
+        raise SpecError(
+            file="(spec)",
+            path="engine_options.max_model_len",
+            value=max_model_len,
+            allowed=f"{role} holds {blocks * block_size:,} tokens of KV, less than one such request: "
+            "lower it, or give the pool more memory",
+        )
+    batched, seqs = _vllm_defaults(spec, hardware, pool.ranks)
+    chunked = bool(options.get("enable_chunked_prefill", True))
+    batched = int(options.get("max_num_batched_tokens") or batched)
+    return TwinOptions(
+        blocks=blocks,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=int(options.get("max_num_seqs") or seqs),
+        # Whole prompts need room for the longest, as vLLM demands.
+        max_num_batched_tokens=batched if chunked else max(batched, max_model_len),
+        latency=_latency(spec, role, shape, hardware),
+        long_prefill_token_threshold=int(options.get("long_prefill_token_threshold") or 0),
+        chunked_prefill=chunked,
+        separate_prefill=spec.sim.separate_prefill,
+        prefix_caching=bool(options.get("enable_prefix_caching", True)),
+        reserve_full_prompt=bool(options.get("scheduler_reserve_full_isl", True)),
+        pipeline_stages=pool.pipeline_parallel_size,
+        gpus=pool.ranks,
+        kv_bytes_per_token=shape.kv_bytes_per_token if shape else 0,
+        lease_s=float(spec.transfer.lease_s),
+    )
+
+
+def _shape(spec: ClusterSpec, *, needed: bool) -> ModelShape | None:
+    """The model's shape, if anything says what it is."""
+    name = spec.sim.shape or spec.model
+    if spec.sim.shape is None and not needed and not (Path(name) / "config.json").is_file():
+        return None
+    return shape_of(name)
+
+
+def _kv_tokens(
+    spec: ClusterSpec,
+    role: Role,
+    options: Mapping[str, Any],
+    shape: ModelShape | None,
+    hardware: Hardware | None,
+) -> int:
+    """Tokens of KV that an instance holds."""
+    if spec.sim.kv_capacity_tokens is not None:
+        return spec.sim.kv_capacity_tokens
+    if blocks := options.get("num_gpu_blocks_override"):
+        return int(blocks) * int(options.get("block_size") or spec.sim.block_size)
+    if shape is None:
+        return DEFAULT_KV_TOKENS
+    pool = spec.pool(role)
+    per_rank = shape.kv_bytes_per_token_and_rank(pool.tensor_parallel_size, pool.pipeline_parallel_size)
+    if room := options.get("kv_cache_memory_bytes"):
+        return int(int(room) / per_rank)
+    if hardware is None:
+        return DEFAULT_KV_TOKENS
+    share = float(options.get("gpu_memory_utilization") or GPU_MEMORY_UTILIZATION)
+    left = hardware.memory_bytes * share - shape.weight_bytes / pool.ranks - ACTIVATION_BYTES
+    if left <= 0:
+        raise SpecError(
+            file="(spec)",
+            path=f"{role}.tensor_parallel_size",
+            value=pool.tensor_parallel_size,
+            allowed=f"{shape.name} has {shape.weight_bytes / 1e9:.0f} GB of weights, which {pool.ranks} "
+            f"{hardware.name} can't hold: use more ranks",
+        )
+    return int(left / per_rank)
+
+
+def _vllm_defaults(spec: ClusterSpec, hardware: Hardware | None, ranks: int) -> tuple[int, int]:
+    """(max_num_batched_tokens, max_num_seqs) where the spec has none.
+
+    vLLM 0.32, `EngineArgs._set_default_max_num_seqs_and_batched_tokens_args`, for its API server.
+    """
+    if spec.device == "cpu":
+        return 2048 * ranks, 128 * ranks
+    if hardware is None or hardware.memory_bytes < 70 * 2**30 or hardware.name.startswith("a100"):
+        return 2048, 256
+    return 8192, 1024
+
+
+def _latency(
+    spec: ClusterSpec, role: Role, shape: ModelShape | None, hardware: Hardware | None
+) -> LatencyModel:
+    pool, sim = spec.pool(role), spec.sim
+    path = sim.profile.get(role) if isinstance(sim.profile, dict) else sim.profile
+    if path is not None:
+        profile = load_profile(path)
+        measured = profile.tensor_parallel_size, profile.pipeline_parallel_size
+        asked = pool.tensor_parallel_size, pool.pipeline_parallel_size
+        if measured != asked:
+            raise SpecError(
+                file="(spec)",
+                path="sim.profile",
+                value=path,
+                allowed=f"it was measured with (tensor, pipeline) parallel sizes {measured}, and {role} has "
+                f"{asked}: measure that layout",
+            )
+        return ProfiledLatency(profile)
+    if hardware is not None and shape is not None:
+        return RooflineLatency(
+            shape, hardware, pool.tensor_parallel_size, pipeline_parallel_size=pool.pipeline_parallel_size
+        )
+    return ConstantLatency(step_s=sim.step_s, prefill_s_per_token=sim.prefill_s_per_token)

@@ -1,0 +1,399 @@
+"""The twin's scheduler: what vLLM 0.32's scheduler decides in each iteration, without a model.
+
+Continuous batching by iteration under a token budget: decodes first, then the prompt in progress, then
+waiting ones as far as tokens, requests and KV blocks allow; prompts in chunks or whole; preemption by
+recompute, the last one first, when blocks run out; a prefix cache. With `separate_prefill`, as vLLM did before it
+had chunks: waiting prompts first, in iterations of their own. Pure: it is told what happened and never asks the
+time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from cluster.latency import Batch
+from cluster.sim_blocks import BlockPool, BlockTable
+from cluster.sim_decode import DecodeGroup
+from cluster.sim_options import TwinOptions
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request in the twin.
+
+    Attributes:
+        tokens: prompt.
+        limit: output tokens at most.
+        keeps: whether its blocks stay for a reader when it has ended.
+        hands_over: whether its end tells how to read them.
+        remote: `kv_transfer_params` of blocks to read first, while they are to be read.
+        total: tokens whose KV must be there before it gets its next token.
+        computed: tokens whose KV is there, or will be with the iterations that run.
+        in_flight: those of them that running iterations compute.
+        generated: output tokens.
+        external, local: prompt tokens whose KV was read from elsewhere, or found in the cache.
+        preempted: how often it was; chunks of earlier lives are void.
+        lane: pipeline lane in which it decodes.
+        hash_state: hash of the prompt and the tokens told.
+        told, told_s: output tokens that went out, and when the last ones did.
+        first_chunk_s, last_chunk_tokens: when the first part of the prompt was computed, and how long the
+            last one is.
+        begun, ended: whether it ever was in an iteration; whether it has left the batch for good.
+    """
+
+    request_id: str
+    tokens: list[int]
+    limit: int
+    keeps: bool = False
+    hands_over: bool = False
+    remote: Mapping[str, Any] | None = None
+    total: int = 0
+    computed: int = 0
+    in_flight: int = 0
+    generated: int = 0
+    external: int = 0
+    local: int = 0
+    preempted: int = 0
+    lane: int = 0
+    joined_step: int = 0
+    end_step: int = 0
+    hash_state: int = 0
+    told: int = 0
+    told_s: float = 0.0
+    first_chunk_s: float = math.inf
+    last_chunk_tokens: int = 0
+    begun: bool = False
+    ended: bool = False
+    table: BlockTable = field(default_factory=BlockTable)
+
+    def __post_init__(self) -> None:
+        self.total = len(self.tokens)
+
+
+class Chunk(NamedTuple):
+    """Prompt tokens of one request in an iteration; void once the request was preempted or left."""
+
+    sequence: Sequence
+    tokens: int
+    preempted: int
+
+
+class Step(NamedTuple):
+    """One iteration, decided: chunks of prompts, and a token for each member of the lane's group unless the
+    chunks are computed alone."""
+
+    chunks: list[Chunk]
+    batch: Batch
+
+
+class Scheduler:
+    """Requests and KV blocks of one engine.
+
+    Attributes:
+        groups: decoding requests by pipeline lane.
+        waiting: in the order in which they will be admitted.
+        loading: requests whose KV is on its way, with blocks taken.
+        kept: ended requests whose blocks wait for a reader.
+    """
+
+    def __init__(self, options: TwinOptions) -> None:
+        self.options = options
+        self.pool = BlockPool(options.blocks, options.block_size, caching=options.prefix_caching)
+        self.groups = [DecodeGroup(options.block_size) for _ in range(options.pipeline_stages)]
+        self.waiting: deque[Sequence] = deque()
+        self.loading: dict[str, Sequence] = {}
+        self.kept: dict[str, Sequence] = {}
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+        self._prefilling: list[Sequence] = []
+        self._members: dict[str, Sequence] = {}
+
+    # --- requests come and go
+
+    def add(self, sequence: Sequence, known_hashes: list[int]) -> None:
+        """A new request, of whose leading blocks the hashes may be known. ValueError for one that can never
+        be served here."""
+        if sequence.request_id in self._members:
+            raise ValueError(f"request id {sequence.request_id!r} is in use")
+        if sequence.total < 1 or sequence.limit < 1:
+            raise ValueError(
+                f"{sequence.total} prompt and {sequence.limit} output tokens, expected at least 1"
+            )
+        if sequence.total + sequence.limit - 1 > self.options.max_model_len:
+            raise ValueError(
+                f"{sequence.total} prompt and {sequence.limit} output tokens do not fit max_model_len "
+                f"{self.options.max_model_len}"
+            )
+        sequence.table.hashes = self.pool.hashes(sequence.tokens, known_hashes)
+        self._members[sequence.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def remove(self, request_id: str) -> Sequence | None:
+        """Forget a request that has not ended and free its blocks; None when there is none."""
+        sequence = self._members.pop(request_id, None)
+        if sequence is None:
+            return None
+        self._take_out(sequence)
+        sequence.ended = True
+        sequence.preempted += 1
+        self.pool.release(sequence.table, sequence.computed)
+        return sequence
+
+    def free_kept(self, request_id: str) -> bool:
+        """Free the blocks of an ended request; False when it keeps none."""
+        sequence = self.kept.pop(request_id, None)
+        if sequence is None:
+            return False
+        self.pool.release(sequence.table, sequence.computed)
+        return True
+
+    def loaded(self, sequence: Sequence, *, arrived: bool) -> None:
+        """The KV of a loading request is there; or it will not come, and must be computed."""
+        del self.loading[sequence.request_id]
+        sequence.remote = None
+        if arrived:
+            self.pool.commit(sequence.table, sequence.computed)
+        else:
+            self.pool.release(sequence.table)
+            sequence.computed = sequence.external = sequence.local = 0
+        self.waiting.appendleft(sequence)
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return len(self._prefilling) + sum(len(group.members) for group in self.groups)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait, for memory, a place in the batch or their KV."""
+        return len(self.waiting) + len(self.loading)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has no request and keeps nothing."""
+        return not self._members and not self.kept
+
+    def bring_up(self, sequence: Sequence) -> None:
+        """Bring the counts of a request up to the last iteration that ended."""
+        group = self.groups[sequence.lane]
+        if group.members.get(sequence.request_id) is sequence:
+            group.bring_up(sequence)
+
+    # --- an iteration
+
+    def schedule(self, lane: int) -> tuple[Step | None, list[Sequence]]:
+        """Decide the next iteration of a lane, and take its blocks.
+
+        Returns the iteration, None when there is nothing to compute, and the requests whose KV shall now be
+        read from elsewhere: their blocks are taken.
+        """
+        group = self.groups[lane]
+        to_read: list[Sequence] = []
+        budget = self.options.max_num_batched_tokens
+        before = self.preemptions
+        if self.options.separate_prefill and (chunks := self._prompts(group, budget, before, to_read)):
+            return Step(chunks, _batch(None, chunks)), to_read
+        while not self.pool.take(group.blocks_at(0)):
+            self._preempt(self._victim(group) or group.last())
+        group.begun = True
+        chunks = []
+        if not self.options.separate_prefill:
+            chunks = self._prompts(group, budget - len(group.members), before, to_read)
+        if not chunks and not group.members:
+            group.begun = False
+            return None, to_read
+        return Step(chunks, _batch(group, chunks)), to_read
+
+    def complete(self, lane: int, chunks: list[Chunk], steps: int) -> list[Sequence]:
+        """Iterations of a lane have ended: the first with `chunks`, all with its group where that had begun.
+
+        Returns the requests that got their first token or their last one; the latter are out of the batch.
+        """
+        group = self.groups[lane]
+        for ahead in range(1, steps):
+            if not self.pool.take(group.blocks_at(ahead)):
+                raise RuntimeError("iterations were run for which there were no blocks")
+        changed = group.advance(steps) if group.begun else []
+        for sequence in changed:
+            self._end(sequence)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.preempted != sequence.preempted:
+                continue
+            sequence.in_flight -= chunk.tokens
+            if sequence.computed - sequence.in_flight < sequence.total:
+                continue
+            self._prefilling.remove(sequence)
+            sequence.generated += 1
+            if sequence.generated == sequence.limit:
+                self._end(sequence)
+            else:
+                sequence.lane = lane
+                group.join(sequence)
+            changed.append(sequence)
+        return changed
+
+    def begin_next(self, lane: int) -> None:
+        """The next iteration of a lane that only decodes begins, decided before."""
+        group = self.groups[lane]
+        if not self.pool.take(group.blocks_at(0)):
+            raise RuntimeError("an iteration began for which there are no blocks")
+        group.begun = True
+
+    # --- inside
+
+    def _prompts(
+        self, group: DecodeGroup, budget: int, preemptions: int, to_read: list[Sequence]
+    ) -> list[Chunk]:
+        """Prompt tokens for an iteration: of the prompts in progress, then of waiting ones, if there were
+        only so many `preemptions` so far."""
+        chunks = self._continue_prompts(group, budget)
+        if self.preemptions == preemptions:
+            self._admit(budget - sum(chunk.tokens for chunk in chunks), chunks, to_read)
+        return chunks
+
+    def _continue_prompts(self, group: DecodeGroup, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in list(self._prefilling):
+            tokens = self._chunk(sequence.total - sequence.computed, budget)
+            if not tokens:
+                continue
+            needed = self.pool.blocks_for(sequence.computed + tokens) - sequence.table.count
+            taken = self.pool.take(needed)
+            while not taken and (victim := self._victim(group)) is not None:
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+                taken = self.pool.take(needed)
+            if not taken:
+                break
+            sequence.table.private += needed
+            chunks.append(self._advance(sequence, tokens))
+            budget -= tokens
+        return [chunk for chunk in chunks if chunk.preempted == chunk.sequence.preempted]
+
+    def _admit(self, budget: int, chunks: list[Chunk], to_read: list[Sequence]) -> None:
+        running = self.running
+        while self.waiting and budget > 0 and running < self.options.max_num_seqs:
+            sequence = self.waiting[0]
+            if sequence.remote is not None:
+                if not self._begin_loading(sequence):
+                    return
+                self.waiting.popleft()
+                to_read.append(sequence)
+                continue
+            found = self.pool.find(sequence.table, sequence.total - 1) if not sequence.computed else 0
+            before = sequence.computed + found * self.pool.block_size
+            tokens = self._chunk(sequence.total - before, budget)
+            if not tokens or not self._reserve(sequence, found, before + tokens):
+                return
+            if found:
+                sequence.computed = before
+                self.prefix_hit_tokens += before
+                if not sequence.generated:
+                    sequence.local = before
+            self.waiting.popleft()
+            self._prefilling.append(sequence)
+            running += 1
+            chunks.append(self._advance(sequence, tokens))
+            budget -= tokens
+
+    def _reserve(self, sequence: Sequence, found: int, tokens: int) -> bool:
+        """Take the blocks for the first `tokens` tokens, `found` of them from the cache, if the whole prompt
+        could be held."""
+        pool, table = self.pool, sequence.table
+        held = table.count + found
+        whole = sequence.total if self.options.reserve_full_prompt else tokens
+        if pool.blocks_for(whole) - held > pool.available(table, found):
+            return False
+        if found:
+            pool.share(table, found)
+        needed = pool.blocks_for(tokens) - held
+        if not pool.take(needed):
+            raise RuntimeError("blocks that were available could not be taken")
+        table.private += needed
+        return True
+
+    def _begin_loading(self, sequence: Sequence) -> bool:
+        """Take blocks for KV that is to be read, as far as it is not in the cache."""
+        assert sequence.remote is not None
+        found = self.pool.find(sequence.table, sequence.total - 1)
+        local = found * self.pool.block_size
+        there = min(int(sequence.remote.get("remote_num_tokens") or 0), sequence.total - 1)
+        if not self._reserve(sequence, found, max(local, there)):
+            return False
+        sequence.local = local
+        self.prefix_hit_tokens += local
+        sequence.external = max(0, there - local)
+        sequence.computed = local + sequence.external
+        self.loading[sequence.request_id] = sequence
+        return True
+
+    def _chunk(self, tokens: int, budget: int) -> int:
+        """Prompt tokens to compute now of `tokens` that are left; 0 for none."""
+        options = self.options
+        if options.long_prefill_token_threshold:
+            tokens = min(tokens, options.long_prefill_token_threshold)
+        if tokens <= budget:
+            return tokens
+        return max(0, budget) if options.chunked_prefill else 0
+
+    def _advance(self, sequence: Sequence, tokens: int) -> Chunk:
+        sequence.computed += tokens
+        sequence.in_flight += tokens
+        # Findable from now on, as in vLLM: whoever finds them reads them after they were written.
+        self.pool.commit(sequence.table, sequence.computed)
+        return Chunk(sequence, tokens, sequence.preempted)
+
+    def _victim(self, group: DecodeGroup) -> Sequence | None:
+        """Whom to preempt: the last one admitted of those that no running iteration computes."""
+        for sequence in reversed(self._prefilling):
+            if not sequence.in_flight:
+                return sequence
+        return group.last() if group.members else None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take its blocks; it waits at the head of the queue and is computed anew."""
+        self._take_out(sequence)
+        self.pool.release(sequence.table, sequence.computed)
+        sequence.total = len(sequence.tokens) + sequence.generated
+        sequence.computed = sequence.in_flight = 0
+        sequence.preempted += 1
+        self.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _take_out(self, sequence: Sequence) -> None:
+        group = self.groups[sequence.lane]
+        if sequence.request_id in group.members:
+            group.leave(sequence)
+        elif self.loading.pop(sequence.request_id, None) is not None:
+            return
+        elif sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._members[sequence.request_id]
+        sequence.ended = True
+        if sequence.keeps:
+            self.kept[sequence.request_id] = sequence
+        else:
+            self.pool.release(sequence.table, sequence.computed)
+
+
+def _batch(group: DecodeGroup | None, chunks: list[Chunk]) -> Batch:
+    decodes, context = (len(group.members), group.context_tokens) if group is not None else (0, 0)
+    if not chunks:
+        return Batch(0, 0, 0, decodes, context)
+    tokens = attention = 0
+    for chunk in chunks:
+        after = chunk.sequence.computed
+        before = after - chunk.tokens
+        tokens += chunk.tokens
+        attention += after * after - before * before
+    return Batch(tokens, attention, len(chunks), decodes, context)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cluster.request import Slo
-from deploy.workload import percentile
+from deploy.latency_table import Distribution, latencies_to_json, latency_lines, slo_to_json
 
 Status = Literal["ok", "rejected", "failed", "timeout", "cancelled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -43,26 +43,6 @@ class RequestOutcome:
         """A complete answer within both bounds; one token has no TPOT and keeps any."""
         in_time = self.ttft_s is not None and self.ttft_s <= slo.ttft_s
         return self.status == "ok" and in_time and (self.tpot_s is None or self.tpot_s <= slo.tpot_s)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Distribution:
-    """Mean, percentiles and maximum of some values, in their unit."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> Distribution | None:
-        """Of the values that exist; None when none does."""
-        known = [value for value in values if value is not None]
-        if not known:
-            return None
-        p50, p90, p99 = (percentile(known, percent) for percent in (50, 90, 99))
-        return cls(mean=math.fsum(known) / len(known), p50=p50, p90=p90, p99=p99, max=max(known))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +111,6 @@ class ReplayReport:
 
     def to_json(self) -> dict[str, object]:
         """The summary as plain JSON values (no infinity: a missing bound is null); outcomes are not in it."""
-        bounds = {"ttft_s": self.slo.ttft_s, "tpot_s": self.slo.tpot_s}
         return {
             "url": self.url,
             "model": self.model,
@@ -139,14 +118,11 @@ class ReplayReport:
             "counts": dict(self.counts),
             "duration_s": self.duration_s,
             **self.throughput,
-            "slo": {name: bound if math.isfinite(bound) else None for name, bound in bounds.items()},
+            "slo": slo_to_json(self.slo),
             "met": self.met,
             "attainment": self.attainment,
             "goodput_rps": self.goodput_rps,
-            **{
-                name: None if row is None else {key: getattr(row, key) for key in Distribution.__slots__}
-                for name, row in self.latencies.items()
-            },
+            **latencies_to_json(self.latencies),
             "errors": [{"error": text, "count": count} for text, count in self.errors[:MAX_ERRORS_SHOWN]],
         }
 
@@ -203,11 +179,7 @@ def _summary_lines(report: ReplayReport) -> list[str]:
 
 def _latency_lines(report: ReplayReport) -> list[str]:
     names = ("TTFT", "TPOT", "E2E", "max gap", "send lag")
-    lines = ["time in ms" + "".join(f"{column:>10}" for column in Distribution.__slots__)]
-    for name, row in zip(names, report.latencies.values(), strict=True):
-        cells = ["-" if row is None else _ms(getattr(row, column)) for column in Distribution.__slots__]
-        lines.append(f"{name:<10}" + "".join(f"{cell:>10}" for cell in cells))
-    return lines
+    return latency_lines(zip(names, report.latencies.values(), strict=True))
 
 
 def _error_lines(report: ReplayReport) -> list[str]:
@@ -216,9 +188,3 @@ def _error_lines(report: ReplayReport) -> list[str]:
     shown = [f"{count:>6} x {text}" for text, count in report.errors[:MAX_ERRORS_SHOWN]]
     more = sum(count for _, count in report.errors[MAX_ERRORS_SHOWN:])
     return ["", "errors", *shown, *([f"{more:>6} x other errors"] if more else [])]
-
-
-def _ms(time_s: float) -> str:
-    """Milliseconds with about three digits."""
-    time_ms = time_s * 1000
-    return f"{time_ms:,.0f}" if time_ms >= 100 else f"{time_ms:.1f}" if time_ms >= 10 else f"{time_ms:.2f}"

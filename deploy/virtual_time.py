@@ -2,7 +2,8 @@
 the machine.
 
 Callbacks that are due at the same time run in the order in which they were scheduled, so one seed gives one
-history in every process. A world in which everybody waits and no timer is left ends with `SimulationDeadlock`.
+history in every process. A world in which everybody waits and no timer is left ends with
+`SimulationDeadlock`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import asyncio
 import heapq
 from collections.abc import Callable, Coroutine
 from contextvars import Context
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
 from cluster.errors import ServingError
 
 _Result = TypeVar("_Result")
+_Ts = TypeVarTuple("_Ts")
 # A step of work without any timer in between: more than any request causes, less than a user waits for.
 MAX_CALLBACKS_AT_ONE_TIME = 10_000_000
 
@@ -68,13 +70,20 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self._now_s
 
+    def call_soon(
+        self, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
+
     def call_later(
-        self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+        self, delay: float, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         return self.call_at(self._now_s + delay, callback, *args, context=context)
 
     def call_at(
-        self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None
+        self, when: float, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         timer = asyncio.TimerHandle(when, callback, args, self, context)
         timer._scheduled = True  # type: ignore[attr-defined]  # a cancel is then reported below
@@ -82,7 +91,9 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         heapq.heappush(self._timers, (when, self._sequence, timer))
         return timer
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> NoReturn:
+    def run_in_executor(  # type: ignore[override]  # it never returns
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> NoReturn:
         raise RuntimeError(f"{func!r} wants a thread, which virtual time can't wait for")
 
     # --- what BaseEventLoop asks of a loop
@@ -93,9 +104,17 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
             self._jump(ready)
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if not handle._cancelled:
-                self.events += 1
-                handle._run()
+            if handle._cancelled:
+                continue
+            self.events += 1
+            try:
+                handle._context.run(handle._callback, *handle._args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # the edge of the loop, as asyncio.Handle has it
+                self.call_exception_handler(
+                    {"message": f"exception in {handle!r}", "exception": error, "handle": handle}
+                )
         self._at_this_time += 1
         if self._at_this_time > MAX_CALLBACKS_AT_ONE_TIME:
             raise SimulationLivelock(
@@ -105,7 +124,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     def _jump(self, ready: Any) -> None:
         """Go to the time of the next timer and make all that are due then ready."""
         timers = self._timers
-        while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+        while timers and timers[0][2]._cancelled:
             heapq.heappop(timers)[2]._scheduled = False  # type: ignore[attr-defined]
             self._cancelled -= 1
         if not timers:
@@ -119,7 +138,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         while timers and timers[0][0] <= due_s:
             timer = heapq.heappop(timers)[2]
             timer._scheduled = False  # type: ignore[attr-defined]
-            if timer._cancelled:  # type: ignore[attr-defined]
+            if timer._cancelled:
                 self._cancelled -= 1
             else:
                 ready.append(timer)
@@ -130,7 +149,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         if self._cancelled > 1000 and self._cancelled * 2 > len(self._timers):
             alive = []
             for entry in self._timers:
-                if entry[2]._cancelled:  # type: ignore[attr-defined]
+                if entry[2]._cancelled:
                     entry[2]._scheduled = False  # type: ignore[attr-defined]
                 else:
                     alive.append(entry)

@@ -1,0 +1,258 @@
+"""Instances of a simulation: twins, their hosts and the links to them, started by the live controller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.instance import InstanceInfo, InstanceLoad, Role
+from cluster.latency import Batch, ProfiledLatency
+from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
+from cluster.sim_options import TwinOptions, twin_options
+from cluster.spec import ClusterSpec
+from cluster.wire import TokenOutput, TokenRequest
+from cluster.worker import Ready
+from decode_worker.phase import phase_options as decode_options
+from deploy.scenario import Scenario
+from deploy.simulation_network import SimNetwork
+from prefill_worker.phase import phase_options as prefill_options
+from router.hop import Hop, HopKind
+from router.router import Router
+
+# How long a running request may go without news: far below any deadline, far above an iteration.
+QUIET_S = 5.0
+
+
+class HopWatcher(Protocol):
+    """Told what happens to hops; ids are those of hops."""
+
+    def sent(self, hop: Hop, now_s: float) -> None: ...
+    def begun(self, request_id: str, now_s: float) -> None: ...
+    def reading(self, request_id: str, now_s: float) -> None: ...
+    def read(self, request_id: str, now_s: float) -> None: ...
+    def iterated(self, instance_id: str, start_s: float, end_s: float, steps: int, batch: Batch) -> None: ...
+
+
+@dataclass(slots=True)
+class Record:
+    """What one place did, over all its lives."""
+
+    instance_id: str
+    role: Role
+    options: TwinOptions
+    lives: list[Counters]
+    present_s: float = 0.0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+
+
+class _EngineWatcher:
+    """Adds the instance's name."""
+
+    __slots__ = ("_instance_id", "_watcher", "begun", "read", "reading")
+
+    def __init__(self, watcher: HopWatcher, instance_id: str) -> None:
+        self._watcher = watcher
+        self._instance_id = instance_id
+        self.begun: Callable[[str, float], None] = watcher.begun
+        self.reading: Callable[[str, float], None] = watcher.reading
+        self.read: Callable[[str, float], None] = watcher.read
+
+    def iterated(self, start_s: float, end_s: float, steps: int, batch: Batch) -> None:
+        self._watcher.iterated(self._instance_id, start_s, end_s, steps, batch)
+
+
+class SimLife:
+    """One life of one instance: the controller's `WorkerHandle`, and the router's `Link` to it."""
+
+    def __init__(self, cluster: SimInstances, info: InstanceInfo, incarnation: str) -> None:
+        self._cluster = cluster
+        self._instance_id = info.instance_id
+        self._incarnation = incarnation
+        self.record = cluster.records[info.instance_id]
+        options = self.record.options
+        exchange: KvExchange = cluster.network.exchange(
+            info.instance_id, incarnation, options.kv_bytes_per_token
+        )
+        watcher: Watcher = _EngineWatcher(cluster.watcher, info.instance_id)
+        self.engine = SimEngine(
+            options, cluster.spec.model, exchange=exchange, watcher=watcher, quiet_s=QUIET_S
+        )
+        self.load = InstanceLoad()
+        profile = options.latency.profile if isinstance(options.latency, ProfiledLatency) else None
+        self._delay_s = {
+            HopKind.PREFILL: profile.frontend_s if profile else 0.0,
+            HopKind.WHOLE: profile.frontend_s if profile else 0.0,
+            HopKind.DECODE: profile.handoff_s if profile else 0.0,
+        }
+        self._on_the_way: dict[str, asyncio.TimerHandle] = {}
+        self._ready_s = 0.0
+        self._serving: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+        self._dead = False
+        self._why = "killed"
+
+    # --- the controller's side
+
+    async def start(self) -> Ready:
+        await asyncio.sleep(self._cluster.start_s(self._instance_id))
+        self._ready_s = asyncio.get_running_loop().time()
+        self._cluster.network.join(self._instance_id, self._incarnation, self.engine)
+        self.record.lives.append(self.engine.counters)
+        self._serving = asyncio.create_task(self._serve(), name=f"serve-{self._instance_id}")
+        self._cluster.lives[self._instance_id] = self
+        return Ready(address="virtual", node="virtual", pid=0, facts=self.engine.facts())
+
+    async def ended(self) -> str:
+        await self._ended.wait()
+        return self._why
+
+    async def drain(self, deadline_s: float) -> bool:
+        self._why = "drained"
+        self._ended.set()
+        return self.engine.idle
+
+    async def kill(self) -> None:
+        await self.die()
+
+    async def die(self) -> None:
+        """The process is gone, and with it all it held; whoever is connected hears of it later."""
+        if self._serving is None or self._dead:
+            return
+        self._dead = True
+        self._serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._serving
+        now_s = asyncio.get_running_loop().time()
+        self.record.present_s += now_s - self._ready_s
+        self.record.preemptions += self.engine.preemptions
+        self.record.prefix_hit_tokens += self.engine.prefix_hit_tokens
+        self._cluster.lives.pop(self._instance_id, None)
+        self._cluster.network.leave(self._instance_id)
+        for timer in self._on_the_way.values():
+            timer.cancel()
+        await self.engine.stop()
+
+    def noticed(self) -> None:
+        """Its death is known."""
+        self._ended.set()
+
+    # --- the router's side
+
+    # A dead process hears nothing; whoever speaks to it learns that later.
+
+    def send(self, hop: Hop) -> None:
+        self._cluster.watcher.sent(hop, asyncio.get_running_loop().time())
+        delay_s = self._delay_s[hop.kind]
+        if delay_s:
+            self._on_the_way[hop.hop_id] = asyncio.get_running_loop().call_later(
+                delay_s, self._receive, hop.hop_id, _request(hop)
+            )
+        else:
+            self._receive(hop.hop_id, _request(hop))
+
+    def abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            if (timer := self._on_the_way.pop(request_id, None)) is not None:
+                timer.cancel()
+        if not self._dead:
+            self.engine.abort(request_ids)
+
+    def release(self, request_ids: list[str]) -> None:
+        if not self._dead:
+            self.engine.release(request_ids)
+
+    def _receive(self, hop_id: str, request: TokenRequest) -> None:
+        self._on_the_way.pop(hop_id, None)
+        if self._dead:
+            return
+        known = self._cluster.block_hashes
+        name = hop_id.rsplit("~", 1)[0]
+        try:
+            known[name] = self.engine.submit(request, known.get(name))
+        except ValueError as error:
+            self._cluster.router.fail_hop(hop_id, self._instance_id, str(error))
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        delay_s = self._cluster.scenario.state_delay_s
+        while True:
+            step = await self.engine.outputs()
+            load = self.engine.load()
+            seen = InstanceLoad(running=load.running, waiting=load.waiting, kv_usage=load.kv_usage)
+            if delay_s:
+                loop.call_later(delay_s, setattr, self, "load", seen)
+            else:
+                self.load = seen
+            self._cluster.deliver(self._instance_id, step.outputs)
+
+
+def _request(hop: Hop) -> TokenRequest:
+    extra: dict[str, Any] = {}
+    if hop.kind is HopKind.PREFILL:
+        extra = {"kv_transfer_params": {"do_remote_decode": True}}
+    elif hop.kv_params is not None:
+        extra = {"kv_transfer_params": hop.kv_params}
+    return TokenRequest(
+        request_id=hop.hop_id,
+        prompt_token_ids=hop.prompt_token_ids,
+        sampling_params={"max_tokens": hop.max_tokens, "extra_args": extra},
+    )
+
+
+class SimInstances:
+    """The controller's launcher, and everything alive.
+
+    Attributes:
+        lives: READY lives by instance id.
+        block_hashes: of the prompts under way by request id, so that no engine hashes what another has.
+        records: what each place did.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        scenario: Scenario,
+        watcher: HopWatcher,
+        deliver: Callable[[str, list[TokenOutput]], None],
+    ) -> None:
+        self.spec = spec
+        self.scenario = scenario
+        self.watcher = watcher
+        self.deliver = deliver
+        self.router: Router
+        self.network = SimNetwork(spec)
+        self.lives: dict[str, SimLife] = {}
+        self.block_hashes: dict[str, list[int]] = {}
+        of_role = {
+            Role.PREFILL: twin_options(spec, Role.PREFILL, prefill_options(spec)),
+            Role.DECODE: twin_options(spec, Role.DECODE, decode_options(spec)),
+        }
+        self.records = {
+            instance_id: Record(instance_id, role, of_role[role], []) for instance_id, role in spec.places()
+        }
+
+    def start_s(self, instance_id: str) -> float:
+        """Seconds until a launched life is READY; the first lives are there when the traffic begins."""
+        return self.scenario.restart_s if self.records[instance_id].lives else 0.0
+
+    async def launch(self, instance_id: str, role: Role, *, index: int, incarnation: str) -> SimLife:
+        info = InstanceInfo(instance_id=instance_id, role=role, engine_index=index)
+        return SimLife(self, info, incarnation)
+
+    async def kill(self, instance_id: str) -> bool:
+        """Kill the life in a place; router and controller notice it later. False when there is none."""
+        life = self.lives.get(instance_id)
+        if life is None:
+            return False
+        await life.die()
+
+        def noticed() -> None:
+            self.router.leave(instance_id, why="its connection closed")
+            life.noticed()
+
+        asyncio.get_running_loop().call_later(self.scenario.detect_s, noticed)
+        return True

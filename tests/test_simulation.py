@@ -1,0 +1,281 @@
+"""Invariants of the whole simulator, which runs the live router and controller."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from cluster.instance import Role
+from cluster.spec import ClusterSpec, parse_spec
+from deploy.scenario import Scenario, parse_scenario
+from deploy.simulation import Simulation
+from deploy.simulation_result import SimulationResult
+from deploy.workload import WorkloadRequest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def spec_of(**keys: Any) -> ClusterSpec:
+    raw: dict[str, Any] = {
+        "model": "m",
+        "device": "cpu",
+        "engine": "sim",
+        "sim": {"step_s": 0.01, "prefill_s_per_token": 0.0001, "max_model_len": 512},
+    }
+    return parse_spec(raw | keys)
+
+
+def steady(count: int, *, gap_s: float = 0.1, tokens: int = 64, answer: int = 20) -> list[WorkloadRequest]:
+    return [
+        WorkloadRequest(arrival_s=i * gap_s, input_tokens=tokens, output_tokens=answer) for i in range(count)
+    ]
+
+
+pools = st.fixed_dictionaries(
+    {
+        "count": st.integers(1, 3),
+        "tensor_parallel_size": st.sampled_from([1, 2]),
+        "pipeline_parallel_size": st.sampled_from([1, 1, 2, 3]),
+    }
+)
+few_requests = st.lists(
+    st.builds(
+        WorkloadRequest,
+        arrival_s=st.floats(0, 3, allow_nan=False),
+        input_tokens=st.integers(1, 400),
+        output_tokens=st.integers(1, 100),
+        hash_ids=st.lists(st.integers(0, 3), max_size=3).map(tuple),
+        tokens_per_hash=st.just(48),
+    ),
+    min_size=1,
+    max_size=8,
+).map(lambda made: sorted(made, key=lambda request: request.arrival_s))
+
+
+@st.composite
+def many_requests(draw: st.DrawFn) -> list[WorkloadRequest]:
+    """More than a small memory holds; drawn by a seed, since a crowd can't be shrunk to two."""
+    rng = Random(draw(st.integers(0, 1 << 30)))
+    longest = draw(st.sampled_from([30, 100, 400]))
+    made = [
+        WorkloadRequest(
+            arrival_s=rng.uniform(0, 2),
+            input_tokens=rng.randint(1, longest),
+            output_tokens=rng.randint(1, 100),
+            hash_ids=tuple(rng.choices(range(4), k=rng.randint(0, 3))),
+            tokens_per_hash=48,
+        )
+        for _ in range(draw(st.sampled_from([20, 60, 120])))
+    ]
+    return sorted(made, key=lambda request: request.arrival_s)
+
+
+times = st.floats(0, 4, allow_nan=False)
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[ClusterSpec, Scenario]:
+    """A cluster, small enough for its memory and its queues to run full, and what goes wrong in it."""
+    options: dict[str, Any] = {
+        "max_model_len": 512,
+        "max_num_seqs": draw(st.sampled_from([2, 8, 64])),
+        "max_num_batched_tokens": draw(st.sampled_from([32, 200, 4096])),
+        "enable_chunked_prefill": draw(st.booleans()),
+        "enable_prefix_caching": draw(st.booleans()),
+        "block_size": draw(st.sampled_from([4, 16])),
+    }
+    sim: dict[str, Any] = {"kv_capacity_tokens": draw(st.sampled_from([512, 700, 2000, 100_000]))}
+    if draw(st.booleans()):
+        sim |= {
+            "hardware": "a100",
+            "shape": "opt-13b",
+            "network": {"nic_gbps": draw(st.sampled_from([1, 400]))},
+        }
+    else:
+        sim |= {"step_s": draw(st.sampled_from([0.0, 0.002, 0.05])), "prefill_s_per_token": 0.0002}
+    spec = spec_of(
+        prefill=draw(pools),
+        decode=draw(pools),
+        policy=draw(st.sampled_from(["least_tokens", "unsplit"])),
+        engine_options=options,
+        deadlines=draw(st.sampled_from([{}, {"prefill_s": 0.5, "transfer_s": 0.2, "stall_s": 6.0}])),
+        transfer={"lease_s": 6},
+        sim=sim,
+    )
+    names = st.sampled_from([name for name, _ in spec.places()])
+    kills = st.fixed_dictionaries({"kill": names, "at_s": times})
+    slows = st.fixed_dictionaries(
+        {"slow": names, "at_s": times, "factor": st.sampled_from([0.5, 4.0]), "for_s": st.just(1.0)}
+    )
+    ends = [st.sampled_from([n for n, of in spec.places() if of is role]) for role in Role]
+    cuts = st.fixed_dictionaries({"cut": st.tuples(*ends), "at_s": times, "for_s": st.just(2.0)})
+    faults = draw(st.lists(st.one_of(kills, slows, cuts), max_size=3))
+    raw = {
+        "faults": faults,
+        "cancel_share": draw(st.sampled_from([0.0, 0.3])),
+        "state_delay_s": draw(st.sampled_from([0.0, 0.5])),
+        "restart_s": draw(st.sampled_from([0.0, 1.0])),
+    }
+    return spec, parse_scenario(raw, spec)
+
+
+def check(result: SimulationResult, asked: list[WorkloadRequest]) -> None:
+    # 1. Every request of the workload ends exactly once, in one of these ways.
+    assert [request.index for request in result.requests] == list(range(len(asked)))
+    assert {request.status for request in result.requests} <= {"ok", "rejected", "failed", "cancelled"}
+    for request, was in zip(result.requests, asked, strict=True):
+        # 2. A complete answer has all its tokens, no answer has more.
+        assert request.output_tokens <= was.output_tokens
+        assert (request.status == "ok") == (request.output_tokens == was.output_tokens)
+        # 3. Its stages are its whole time.
+        assert sum(request.stages) == pytest.approx(request.end_s - request.arrival_s, abs=1e-6)
+        assert request.arrival_s == pytest.approx(was.arrival_s, abs=1e-9)
+        assert request.ttft_s is None or 0 <= request.ttft_s <= request.end_s - request.arrival_s + 1e-9
+        # 4. Whoever has no answer hears why, unless it left.
+        assert (request.error is None) == (request.status in ("ok", "cancelled"))
+    for use in result.instances:
+        # 5. No instance computes for longer than it is there.
+        assert use.busy_s <= use.present_s + 1e-6
+        assert use.present_s <= result.duration_s + 1e-6
+        # 6. Nor uses more memory than it has.
+        assert 0 <= use.kv_mean <= use.kv_peak + 1e-9 <= 1 + 1e-9
+    # 7. What was moved was somebody's prompt.
+    assert result.kv_tokens_moved <= sum(
+        (request.moves + 1) * (r.input_tokens + r.output_tokens)
+        for request, r in zip(result.requests, asked, strict=True)
+    )
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(worlds(), st.one_of(few_requests, many_requests()))
+def test_whatever_happens_every_request_ends_and_nothing_is_left(
+    world: tuple[ClusterSpec, Scenario], asked: list[WorkloadRequest]
+) -> None:
+    # 0. The simulation itself raises when it can't go on, or when at its end a block, a hop or a reservation
+    # is still held.
+    spec, scenario = world
+    result = Simulation(spec, asked, scenario=scenario, seed=1).run()
+    for what, seen in (
+        ("a request was preempted", any(use.preemptions for use in result.instances)),
+        ("a request was moved", any(request.moves for request in result.requests)),
+        ("KV was computed anew", result.kv_tokens_recomputed),
+        ("a request failed", any(request.status == "failed" for request in result.requests)),
+        ("a prefix was found", any(use.prefix_hit_tokens for use in result.instances)),
+    ):
+        if seen:
+            event(what)
+    check(result, asked)
+
+
+def test_an_undisturbed_request_takes_the_time_of_its_iterations() -> None:
+    result = Simulation(spec_of(), steady(1, tokens=100, answer=11)).run()
+    request = result.requests[0]
+    # Prefill: a step with 100 prompt tokens. Decode: a step with the token that prefill sampled, 9 without.
+    assert request.ttft_s == pytest.approx(0.01 + 100 * 0.0001)
+    assert request.tpot_s == pytest.approx((10 * 0.01 + 0.0001) / 10)
+    assert (result.kv_tokens_moved, result.kv_tokens_recomputed) == (100, 0)
+    assert [use.iterations for use in result.instances] == [1, 10]
+
+
+def test_two_processes_write_the_same_bytes() -> None:
+    story = (
+        "from tests.test_simulation import spec_of, steady; from deploy.simulation import Simulation\n"
+        "from deploy.scenario import parse_scenario\n"
+        "spec = spec_of(prefill={'count': 3}, decode={'count': 3}, sim={'hardware': 'h100', "
+        "'shape': 'opt-13b', 'max_model_len': 512})\n"
+        "raw = {'cancel_share': 0.2, 'restart_s': 0.5, 'faults': [{'kill': 'decode-1', 'at_s': 1.0}]}\n"
+        "r = Simulation(spec, steady(200, gap_s=0.01), scenario=parse_scenario(raw, spec), seed=3).run()\n"
+        "print(r.requests, r.instances, r.kv_bytes_moved, r.faults, r.events)"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", story],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+            timeout=60,
+            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+        ).stdout
+        for seed in (1, 2)
+    ]
+    assert told[0] == told[1]
+    assert b"cancelled" in told[0]
+
+
+def test_a_killed_decode_instance_costs_time_and_no_token() -> None:
+    spec = spec_of(decode={"count": 2})
+    scenario = parse_scenario({"faults": [{"kill": "decode-0", "at_s": 1.0}], "restart_s": 2.0}, spec)
+    calm = Simulation(spec, steady(100, gap_s=0.05)).run()
+    stormy = Simulation(spec, steady(100, gap_s=0.05), scenario=scenario).run()
+    assert {request.status for request in stormy.requests} == {"ok"}
+    moved = [request for request in stormy.requests if request.moves]
+    assert moved
+    assert all(calm.requests[r.index].end_s < r.end_s for r in moved)
+    decode_0 = next(use for use in stormy.instances if use.instance_id == "decode-0")
+    assert decode_0.starts == 2
+    # Noticed after 0.05 s, started again by the controller after its pause of about 1 s, READY 2 s later.
+    assert stormy.duration_s - decode_0.present_s == pytest.approx(3.05, abs=0.2)
+    assert [fault.text for fault in stormy.faults] == ["killed decode-0"]
+
+
+def test_a_slow_instance_is_slow_for_as_long_as_it_was_asked_to() -> None:
+    spec = spec_of()
+    raw = {"faults": [{"slow": "decode-0", "at_s": 2.0, "factor": 3.0, "for_s": 2.0}]}
+    result = Simulation(spec, steady(60, gap_s=0.1), scenario=parse_scenario(raw, spec)).run()
+    tpot = {round(request.arrival_s, 1): request.tpot_s or 0.0 for request in result.requests}
+    assert tpot[1.0] == pytest.approx(tpot[5.0], rel=0.05)
+    assert tpot[2.5] == pytest.approx(3 * tpot[1.0], rel=0.05)
+
+
+def test_over_a_cut_link_kv_is_computed_anew_and_counted() -> None:
+    spec = spec_of()
+    raw = {"faults": [{"cut": ["prefill-0", "decode-0"], "at_s": 1.0, "for_s": 1.0}]}
+    result = Simulation(spec, steady(40, gap_s=0.1), scenario=parse_scenario(raw, spec)).run()
+    assert {request.status for request in result.requests} == {"ok"}
+    assert result.kv_tokens_recomputed == pytest.approx(10 * 64, abs=64)
+    assert result.kv_tokens_moved == 40 * 64 - result.kv_tokens_recomputed
+
+
+def test_with_no_decode_instance_left_requests_fail_in_bounded_time_and_say_why() -> None:
+    spec = spec_of()
+    raw = {"faults": [{"kill": "decode-0", "at_s": 1.0}], "restart_s": 1000.0}
+    result = Simulation(spec, steady(40, gap_s=0.1), scenario=parse_scenario(raw, spec)).run()
+    assert result.requests[0].status == "ok"
+    assert {r.status for r in result.requests[12:]} == {"rejected"}
+    assert all("decode" in (r.error or "") for r in result.requests[12:])
+    assert result.duration_s < 10
+
+
+def test_cancelled_clients_are_counted_and_cost_nothing_later() -> None:
+    spec = spec_of()
+    scenario = parse_scenario({"cancel_share": 0.5, "cancel_within_s": 0.1}, spec)
+    result = Simulation(spec, steady(100, answer=100), scenario=scenario, seed=2).run()
+    assert sum(request.status == "cancelled" for request in result.requests) == 50
+    assert all(r.end_s - r.arrival_s <= 0.1 for r in result.requests if r.status == "cancelled")
+
+
+def test_equal_prompts_are_found_in_the_prefix_cache() -> None:
+    shared = [
+        WorkloadRequest(
+            arrival_s=i * 0.5, input_tokens=96, output_tokens=5, hash_ids=(1, 2), tokens_per_hash=48
+        )
+        for i in range(10)
+    ]
+    result = Simulation(spec_of(), shared).run()
+    prefill = result.instances[0]
+    # All but the last block: the last token is always computed, and a block is found whole or not at all.
+    assert prefill.prefix_hit_tokens == 9 * 80
+    assert prefill.prefill_tokens == 96 + 9 * 16
+
+
+def test_no_requests_are_refused() -> None:
+    with pytest.raises(ValueError, match="no requests"):
+        Simulation(spec_of(), [])

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.errors import ServingError, SpecError
+from deploy.profile_command import add_profile
+from deploy.simulate_command import add_simulate
+from deploy.workload_options import TRACE_HELP, add_workload_options
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -28,15 +31,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_status(commands)
     _add_replay(commands)
+    add_simulate(commands).set_defaults(run=_simulate)
+    add_profile(commands)
     _add_model(commands)
     _add_down(commands)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 def _add_up(commands: Any) -> None:
@@ -59,31 +58,21 @@ def _add_status(commands: Any) -> None:
 
 def _add_replay(commands: Any) -> None:
     replay = commands.add_parser("replay", help="send a trace at its own arrival times and measure")
-    replay.add_argument(
-        "trace", type=Path, metavar="TRACE", help="Azure CSV, Mooncake JSONL, BurstGPT CSV or plain CSV"
-    )
+    replay.add_argument("trace", metavar="TRACE", help=TRACE_HELP)
     replay.add_argument(
         "--url", default="http://127.0.0.1:8000", help="an OpenAI server (default %(default)s)"
     )
     replay.add_argument("--model", help="model name; default: the server's first")
-    replay.add_argument("--limit", type=_count, metavar="N", help="only the first N requests")
-    pace = replay.add_mutually_exclusive_group()
-    pace.add_argument("--rate", type=float, metavar="RPS", help="scale arrival times to this mean rate")
-    pace.add_argument("--speedup", type=float, metavar="X", help="divide arrival times by this")
+    add_workload_options(replay)
     replay.add_argument(
         "--goodput", nargs="+", default=[], metavar="SLO", help="ttft:MS tpot:MS, for attainment and goodput"
     )
-    replay.add_argument(
-        "--max-model-len", type=_count, metavar="N", help="scale lengths down to fit this context"
-    )
-    replay.add_argument("--max-output", type=_count, metavar="N", help="scale outputs down to at most this")
     replay.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="per request (default %(default)s)"
     )
     replay.add_argument(
         "--cancel-share", type=float, default=0.0, metavar="X", help="cancel this share at a random time"
     )
-    replay.add_argument("--seed", type=int, default=0)
     replay.add_argument("--json", action="store_true", help="print JSON")
     replay.set_defaults(run=_replay)
 
@@ -136,6 +125,14 @@ def _replay(args: argparse.Namespace) -> int:
     report = replay_trace(args, say=_say)
     print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
     return EXIT_OK
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from deploy.simulate_command import run_simulate
+
+    report, trusted = run_simulate(args, say=_say)
+    print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
+    return EXIT_OK if trusted else EXIT_FAILED
 
 
 def _model(args: argparse.Namespace) -> int:

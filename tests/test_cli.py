@@ -31,6 +31,14 @@ SURFACE = {
         "--cancel-share", "--goodput", "--json", "--limit", "--max-model-len", "--max-output", "--model",
         "--rate", "--seed", "--speedup", "--timeout", "--url", "trace",
     ],
+    "simulate": [
+        "--html", "--json", "--limit", "--max-model-len", "--max-output", "--rate", "--scenario", "--seed",
+        "--slo", "--speedup", "--strict", "--timeline", "--trace", "--unsplit", "spec",
+    ],
+    "profile": [
+        "--hardware", "--kernels", "--max-concurrency", "--max-prompt", "--model", "--out", "--role",
+        "--seconds", "--seed", "--shape", "--spec", "--tensor-parallel-size", "--url",
+    ],
     "model": ["kind"],
     "down": ["--name"],
 }  # fmt: skip

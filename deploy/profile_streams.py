@@ -1,0 +1,141 @@
+"""What streams of tokens tell of the engines behind a server: estimators over arrival times, pure.
+
+Prefill. `k` prompts of `n` tokens are sent at once and ask for one token each; the time until the last of
+them has come is frontend_s + the cost of one iteration with k * n tokens. Over lengths and numbers that gives
+the cost of a token, of attention and of a request, and one fixed part, which holds the front end and the
+engine's own fixed part. An engine's iteration has about the same fixed part whatever it computes, and decodes
+show it: what is left is the front end's, which does not keep the engine busy.
+
+Decode. Between two moments at which a stream begins or ends, the same requests are in the batch. An iteration
+gives one token to each, so the time between the moments, times the requests, over the tokens that came, is
+the time of an iteration. A stream decodes from its second token on.
+
+Hand-over. The gap between the first and the second token, less one decode iteration; over prompt lengths a
+fixed part and a part per token.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from cluster.latency import Batch, DecodeCost, PrefillCost
+from cluster.latency_fit import nonnegative_fit
+from deploy.profile_grid import Point
+
+# A segment shorter than this many iterations says more of the network's jitter than of the engine.
+LEAST_ITERATIONS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """One answer as it came in; times in seconds of one clock.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        sent_s: when the request was sent.
+        times_s: when each token came; tokens that came together have the same.
+        decodes: whether it is one of the requests whose decoding is measured.
+    """
+
+    prompt_tokens: int
+    sent_s: float
+    times_s: tuple[float, ...]
+    decodes: bool = True
+
+    @property
+    def ttft_s(self) -> float:
+        return self.times_s[0] - self.sent_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointStreams:
+    """All streams of one visit to a point."""
+
+    point: Point
+    streams: tuple[Stream, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSegment:
+    """A stretch of time with the same decoding requests.
+
+    Attributes:
+        batch: what an iteration in its middle computed.
+        seconds: of an iteration.
+        beside: whether a prompt was under way for at least half of it.
+    """
+
+    batch: Batch
+    seconds: float
+    beside: bool
+
+
+def burst_s(streams: Sequence[Stream]) -> float:
+    """From the sending of prompts to the last one's first token, in seconds."""
+    return max(s.times_s[0] for s in streams) - min(s.sent_s for s in streams)
+
+
+def decode_segments(streams: Sequence[Stream]) -> list[DecodeSegment]:
+    """The stretches of a point in which the same requests decode, long ones only."""
+    decoding = [s for s in streams if s.decodes and len(s.times_s) > 2]
+    moments = sorted({t for s in decoding for t in (s.times_s[1], s.times_s[-1])})
+    segments = []
+    for from_s, to_s in pairwise(moments):
+        active = [s for s in decoding if s.times_s[1] <= from_s and to_s <= s.times_s[-1]]
+        if not active:
+            continue
+        before = [bisect_right(s.times_s, from_s) for s in active]
+        came = sum(bisect_right(s.times_s, to_s) - b for s, b in zip(active, before, strict=True))
+        iterations = came / len(active)
+        if iterations < LEAST_ITERATIONS:
+            continue
+        context = sum(s.prompt_tokens + b + iterations / 2 for s, b in zip(active, before, strict=True))
+        segments.append(
+            DecodeSegment(
+                batch=Batch(decode_requests=len(active), decode_context_tokens=round(context)),
+                seconds=(to_s - from_s) / iterations,
+                beside=_overlap_s(streams, from_s, to_s) > (to_s - from_s) / 2,
+            )
+        )
+    return segments
+
+
+def _overlap_s(streams: Sequence[Stream], from_s: float, to_s: float) -> float:
+    """How much of an interval some prompt was under way."""
+    covered, at_s = 0.0, from_s
+    for stream in sorted(streams, key=lambda s: s.sent_s):
+        end_s = min(stream.times_s[0], to_s)
+        if end_s > at_s:
+            covered += max(0.0, end_s - max(at_s, stream.sent_s))
+            at_s = max(at_s, end_s)
+    return covered
+
+
+def split_fixed_part(
+    costs: Sequence[PrefillCost], decode: Sequence[DecodeCost]
+) -> tuple[tuple[PrefillCost, ...], float]:
+    """(the engine's prefill costs, frontend_s) of costs whose fixed part holds the front end's, too."""
+    smallest = min(decode, key=lambda cost: cost.up_to_requests or float("inf"))
+    engine_s = smallest.base_s + smallest.request_s
+    frontend_s = min(max(0.0, cost.base_s - engine_s) for cost in costs)
+    return tuple(c.model_copy(update={"base_s": c.base_s - frontend_s}) for c in costs), frontend_s
+
+
+def handover(gaps: Iterable[tuple[int, float]]) -> tuple[float, float]:
+    """(handoff_s, seconds per prompt token) of (prompt tokens, second token's gap less an iteration).
+
+    Lengths of which the gap is no longer than an iteration count as none: (0, 0) when all are.
+    """
+    by_length: dict[int, list[float]] = {}
+    for tokens, gap_s in gaps:
+        by_length.setdefault(tokens, []).append(gap_s)
+    points = [(tokens, median(values)) for tokens, values in sorted(by_length.items())]
+    points = [(tokens, gap_s) for tokens, gap_s in points if gap_s > 0]
+    if not points:
+        return 0.0, 0.0
+    fixed_s, token_s = nonnegative_fit([(1.0, float(t)) for t, _ in points], [gap_s for _, gap_s in points])
+    return fixed_s, token_s

@@ -1,0 +1,109 @@
+"""Estimators over the arrival times of streamed tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.latency import Batch, DecodeCost, PrefillCost
+from deploy.profile_streams import (
+    DecodeSegment,
+    Stream,
+    burst_s,
+    decode_segments,
+    handover,
+    split_fixed_part,
+)
+
+
+def stream(
+    first_s: float, every_s: float, tokens: int, *, sent_s: float = 0.0, prompt_tokens: int = 100
+) -> Stream:
+    times = [first_s + every_s * n for n in range(tokens)]
+    return Stream(prompt_tokens=prompt_tokens, sent_s=sent_s, times_s=tuple(times))
+
+
+def prompt(sent_s: float, first_s: float) -> Stream:
+    return Stream(prompt_tokens=10, sent_s=sent_s, times_s=(first_s,), decodes=False)
+
+
+def test_a_burst_lasts_until_its_last_first_token() -> None:
+    assert burst_s([prompt(1.0, 1.5), prompt(1.01, 1.7), prompt(1.02, 1.6)]) == pytest.approx(0.7)
+
+
+def test_a_lone_stream_is_one_segment() -> None:
+    (segment,) = decode_segments([stream(1.0, 0.01, 42)])
+    assert segment.seconds == pytest.approx(0.01)
+    # From the second token on, which is 1 token of answer in the cache, over 40 iterations.
+    assert segment.batch == Batch(decode_requests=1, decode_context_tokens=100 + 2 + 20)
+    assert not segment.beside
+
+
+def test_streams_that_join_and_leave_make_segments() -> None:
+    """Iterations take 10 ms alone and 20 ms for two."""
+    alone = [1.0 + 0.01 * n for n in range(21)]
+    shared = [alone[-1] + 0.02 * (n + 1) for n in range(20)]
+    last = [shared[-1] + 0.01 * (n + 1) for n in range(20)]
+    long = Stream(prompt_tokens=50, sent_s=0.0, times_s=(*alone, *shared, *last))
+    short = Stream(prompt_tokens=80, sent_s=0.5, times_s=(alone[-2], alone[-1], *shared))
+    first, both, rest = decode_segments([long, short])
+    assert [s.batch.decode_requests for s in (first, both, rest)] == [1, 2, 1]
+    assert [s.seconds for s in (first, both, rest)] == pytest.approx([0.01, 0.02, 0.01])
+    assert both.batch.decode_context_tokens == 50 + 21 + 10 + 80 + 2 + 10
+
+
+def test_tokens_that_come_together_count_each() -> None:
+    times = tuple(1.0 + 0.02 * (n // 2) for n in range(62))
+    (segment,) = decode_segments([Stream(prompt_tokens=1, sent_s=0.0, times_s=times)])
+    assert segment.seconds == pytest.approx(0.01, rel=0.05)
+
+
+def test_a_segment_of_few_iterations_is_left_out() -> None:
+    assert decode_segments([stream(1.0, 0.01, 8)]) == []
+    assert decode_segments([stream(1.0, 0.01, 2), prompt(0.0, 1.0)]) == []
+
+
+@pytest.mark.parametrize(
+    ("others", "beside"),
+    [
+        ([], False),
+        ([prompt(1.0, 1.1)], False),
+        ([prompt(0.0, 1.3)], True),
+        ([prompt(1.0, 1.15), prompt(1.15, 1.3)], True),
+        # One that covers another is not counted twice.
+        ([prompt(1.0, 1.12), prompt(1.05, 1.12)], False),
+    ],
+)
+def test_whether_prompts_were_under_way(others: list[Stream], beside: bool) -> None:
+    (segment,) = decode_segments([stream(1.0, 0.01, 42), *others])
+    assert segment == DecodeSegment(batch=segment.batch, seconds=segment.seconds, beside=beside)
+
+
+def test_the_fixed_part_beyond_an_iteration_is_the_front_ends() -> None:
+    decode = (
+        DecodeCost(up_to_requests=8, base_s=0.002, request_s=0.001),
+        DecodeCost(base_s=0.5, request_s=0.001),
+    )
+    costs, frontend_s = split_fixed_part((PrefillCost(base_s=0.010, token_s=1e-5),), decode)
+    assert frontend_s == pytest.approx(0.007)
+    assert costs[0].base_s == pytest.approx(0.003)
+    assert costs[0].token_s == 1e-5
+
+
+def test_a_front_end_never_costs_less_than_nothing() -> None:
+    small = PrefillCost(up_to_tokens=100, base_s=0.010, token_s=1e-5)
+    large = PrefillCost(base_s=0.001, token_s=1e-5)
+    costs, frontend_s = split_fixed_part((small, large), (DecodeCost(base_s=0.003),))
+    assert frontend_s == 0.0
+    assert costs == (small, large)
+
+
+def test_handover_has_a_fixed_part_and_one_per_token() -> None:
+    gaps = [(n, 0.004 + n * 2e-6 + noise) for n in (16, 128, 1024) for noise in (-1e-4, 0.0, 0.05)]
+    fixed_s, token_s = handover(gaps)
+    assert fixed_s == pytest.approx(0.004, rel=0.01)
+    assert token_s == pytest.approx(2e-6, rel=0.01)
+
+
+def test_no_handover_where_the_second_token_comes_as_any_other() -> None:
+    assert handover([(16, -1e-4), (128, -2e-4)]) == (0.0, 0.0)
+    assert handover([]) == (0.0, 0.0)

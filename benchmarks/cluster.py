@@ -70,8 +70,8 @@ class Cluster:
 
 
 @contextmanager
-def cluster(model: str) -> Iterator[Cluster]:
-    words = ["up", "deploy/specs/cpu.yaml", "--model", model, "--port", str(PORT)]
+def cluster(model: str, spec: str = "deploy/specs/cpu.yaml") -> Iterator[Cluster]:
+    words = ["up", spec, *(["--model", model] if model else []), "--port", str(PORT)]
     process = subprocess.Popen(
         [sys.executable, "-m", "deploy.cli", *words],
         cwd=ROOT,

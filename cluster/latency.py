@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """What one iteration computes.
 
     Attributes:
-        prefill_tokens: prompt tokens over all chunks.
+        prefill_tokens: prompt tokens over all chunks; a chunk of one token counts as a decode.
         prefill_attention: sum over the chunks of (context after)^2 - (context before)^2, in tokens^2; for
             whole prompts the sum of their squared lengths. Attention's work is proportional to it.
         prefill_requests: chunks.
@@ -118,6 +118,8 @@ class LatencyProfile(_Frozen):
         residuals: of the fit, by kind of iteration.
         frontend_s: from a request's arrival to its being in the engine's queue, and back with its token.
         handoff_s: what a hand-over of KV costs beside the bytes, from the first token to decode's queue.
+        prefill_contention, decode_contention: how many times as long an iteration takes while the other phase
+            computes too; above 1 where both share a machine's cores.
     """
 
     format: int = PROFILE_FORMAT
@@ -133,6 +135,8 @@ class LatencyProfile(_Frozen):
     residuals: dict[str, Residuals] = Field(default_factory=dict)
     frontend_s: float = Field(default=0.0, ge=0)
     handoff_s: float = Field(default=0.0, ge=0)
+    prefill_contention: float = Field(default=1.0, ge=1)
+    decode_contention: float = Field(default=1.0, ge=1)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""

@@ -118,8 +118,8 @@ class BlockPool:
         return True
 
     def commit(self, table: BlockTable, computed_tokens: int) -> None:
-        """Make the prompt blocks that are now filled findable. One that another request filled at the same
-        time stays a private copy, as in vLLM."""
+        """Make the prompt blocks that are now filled findable. One that is findable already has a copy then:
+        it stays as long as any other, as in vLLM, but only vLLM finds it when the first one is evicted."""
         filled = computed_tokens // self.block_size
         fresh = table.hashes[table.committed : filled]
         if not fresh:
@@ -127,7 +127,7 @@ class BlockPool:
         table.committed += len(fresh)
         known = self._known
         if not known.keys().isdisjoint(fresh):
-            fresh = [block for block in fresh if block not in known]
+            fresh = [self._name() if block in known else block for block in fresh]
         known.update(dict.fromkeys(fresh, 1))
         table.shared = table.shared + fresh
         table.private -= len(fresh)
@@ -140,7 +140,12 @@ class BlockPool:
         """
         output_blocks = filled_tokens // self.block_size - len(table.hashes)
         if output_blocks > 0 and self._caching:
-            self._name(table, output_blocks)
+            # No prompt has their tokens: any name will do.
+            names = [self._name() for _ in range(output_blocks)]
+            table.hashes = table.hashes + names
+            table.shared = table.shared + names
+            table.private -= output_blocks
+            self._known.update(dict.fromkeys(names, 1))
         left = table.shared
         self._plain += table.private
         table.shared = []
@@ -155,14 +160,10 @@ class BlockPool:
         self._released.append((self._releases, left))
         self._idle += len(left)
 
-    def _name(self, table: BlockTable, count: int) -> None:
-        """Make the blocks behind the prompt's findable. No prompt has their tokens: any name will do."""
-        names = list(range(-self._named - 1, -self._named - 1 - count, -1))
-        self._named += count
-        table.hashes = table.hashes + names
-        table.shared = table.shared + names
-        table.private -= count
-        self._known.update(dict.fromkeys(names, 1))
+    def _name(self) -> int:
+        """A hash that nobody has."""
+        self._named += 1
+        return -self._named
 
     def _last_users(self, blocks: list[int]) -> list[int]:
         """Those that nobody else uses; of the others one use less."""

@@ -26,7 +26,7 @@ from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint, Role
 from cluster.latency import EMPTY_BATCH, Batch
 from cluster.sim_options import TwinOptions, twin_options
-from cluster.sim_scheduler import Chunk, Scheduler, Sequence
+from cluster.sim_scheduler import Chunk, Scheduler, Sequence, Step
 from cluster.spec import ClusterSpec
 from cluster.wire import Load, PrefillCounts, StepOutputs, TokenOutput, TokenRequest
 
@@ -151,10 +151,12 @@ class SimEngine:
         *,
         exchange: KvExchange | None = None,
         watcher: Watcher | None = None,
+        on_busy: Callable[[bool], None] | None = None,
         quiet_s: float = 0.0,
     ) -> None:
         """
         Args:
+            on_busy: told when it begins to compute and when it has nothing to compute any more.
             exchange: how KV moves; without one it is there at once and nothing is kept for a reader.
             quiet_s: how long a running request may go without news; 0 tells every token as it comes. More
                 lets many iterations pass as one event, and changes no time.
@@ -163,11 +165,15 @@ class SimEngine:
         self._model = model
         self._exchange = exchange
         self._watcher = watcher
+        self._on_busy = on_busy
         self._quiet_s = quiet_s
+        self._is_busy = False
+        self._contention = 1.0
         self._scheduler = Scheduler(options)
         self._flights: list[_Flight] = []
         self._stage_free_s = [0.0] * options.pipeline_stages
         self._ended_s: dict[int, float] = {}
+        self._told_used = 0
         self._changed: list[Sequence] = []
         self._told: deque[tuple[float, Sequence]] = deque()
         self._reads: dict[str, asyncio.Task[None]] = {}
@@ -231,6 +237,8 @@ class SimEngine:
             remote=transfer if transfer.get("do_remote_prefill") else None,
             hash_state=extend(SEQUENCE_START, request.prompt_token_ids),
         )
+        if self._flights:
+            self._catch_up(asyncio.get_running_loop().time())
         self._scheduler.add(sequence, known_hashes or [])
         if sequence.remote is not None and self._exchange is not None:
             self._exchange.hold(sequence.remote)
@@ -238,7 +246,7 @@ class SimEngine:
         return sequence.table.hashes
 
     def abort(self, request_ids: list[str]) -> None:
-        self._settle(asyncio.get_running_loop().time())
+        self._catch_up(asyncio.get_running_loop().time())
         for request_id in request_ids:
             sequence = self._scheduler.remove(request_id)
             if (reading := self._reads.pop(request_id, None)) is not None:
@@ -248,6 +256,7 @@ class SimEngine:
         self._has_changed()
 
     def release(self, request_ids: list[str]) -> None:
+        self._catch_up(asyncio.get_running_loop().time())  # what has ended had those blocks
         freed = [self._scheduler.free_kept(request_id) for request_id in request_ids]
         for request_id in request_ids:
             if (lease := self._leases.pop(request_id, None)) is not None:
@@ -265,11 +274,14 @@ class SimEngine:
             await self._sleep(loop)
             now_s = loop.time()
             self._settle(now_s)
-            if outputs := self._outputs(now_s):
+            if (outputs := self._outputs(now_s)) or self._has_stale_load():
+                # Now, not when the host has sent these: what comes until then has missed this iteration.
+                self._launch(now_s)
                 return StepOutputs(outputs=outputs)
 
     def load(self) -> Load:
         scheduler = self._scheduler
+        self._told_used = scheduler.pool.used
         return Load(
             running=scheduler.running,
             waiting=scheduler.queued,
@@ -280,6 +292,9 @@ class SimEngine:
         return [msgspec.msgpack.encode(StepOutputs(outputs=members, timestamp=outputs.timestamp))]
 
     async def stop(self) -> None:
+        if self._on_busy is not None and self._is_busy:
+            self._is_busy = False
+            self._on_busy(False)
         for task in self._reads.values():
             task.cancel()
         for lease in self._leases.values():
@@ -307,6 +322,19 @@ class SimEngine:
         self.slowdown = factor
         self._has_changed()
 
+    def set_contention(self, factor: float) -> None:
+        """Make iterations take `factor` times as long from now on, the rest of the running one too: others
+        have begun to use the same cores, or have stopped."""
+        if factor == self._contention:
+            return
+        self._has_changed()
+        now_s = asyncio.get_running_loop().time()
+        for flight in self._flights:
+            flight.ends[-1] = now_s + (flight.ends[-1] - now_s) * factor / self._contention
+            self._stage_free_s[-1] = flight.ends[-1]
+        self._contention = factor
+        self._wake()
+
     @property
     def preemptions(self) -> int:
         """Requests that lost their blocks to others and were computed anew."""
@@ -326,18 +354,13 @@ class SimEngine:
 
     def _launch(self, now_s: float) -> None:
         """Begin an iteration of every lane that has none, as far as the first stage is free."""
-        scheduler = self._scheduler
         for lane in range(self._options.pipeline_stages):
             if self._stage_free_s[0] > now_s:
                 return
-            if any(flight.lane == lane for flight in self._flights):
+            if self._flights and lane in [flight.lane for flight in self._flights]:
                 continue
             start_s = self._start_s(lane, now_s)
-            step, to_read = scheduler.schedule(lane)
-            for sequence in to_read:
-                self._read(sequence, now_s)
-            if step is None and to_read and self._exchange is None:
-                step, _ = scheduler.schedule(lane)  # what is to be read is there at once
+            step, is_settled = self._decide(lane, now_s)
             if step is None:
                 continue
             if self._watcher is not None:
@@ -345,11 +368,34 @@ class SimEngine:
                     if not chunk.sequence.begun:
                         chunk.sequence.begun = True
                         self._watcher.begun(chunk.sequence.request_id, start_s)
-            stage_s = self.slowdown * self._options.latency.iteration_s(step.batch) / len(self._stage_free_s)
+            slowdown = self.slowdown * self._contention
+            stage_s = slowdown * self._options.latency.iteration_s(step.batch) / len(self._stage_free_s)
             ends = [self._through_stages(stage_s, start_s)]
-            if self._quiet_s and not step.chunks and self._options.pipeline_stages == 1:
+            if self._quiet_s and is_settled and not step.chunks and self._options.pipeline_stages == 1:
                 self._run_ahead(lane, step.batch, ends)
             self._flights.append(_Flight(lane, step.chunks, step.batch, stage_s, start_s, ends))
+
+    def _decide(self, lane: int, now_s: float) -> tuple[Step | None, bool]:
+        """The next iteration of a lane, and whether another decision right after it would find nothing."""
+        scheduler = self._scheduler
+        while True:
+            preemptions = scheduler.preemptions
+            step, to_read = scheduler.schedule(lane)
+            for sequence in to_read:
+                self._read(sequence, now_s)
+            # Whoever loses its blocks is not admitted again at once, but may be next; and without an exchange
+            # what is to be read is there already.
+            is_settled = scheduler.preemptions == preemptions and (not to_read or self._exchange is not None)
+            if step is not None or is_settled:
+                return step, is_settled
+
+    def _catch_up(self, now_s: float) -> None:
+        """Bring it up to now, before something changes. In real time an iteration may have ended unnoticed,
+        and what follows it was decided before the change came."""
+        is_late = any(flight.ends[-1] < now_s for flight in self._flights)
+        self._settle(now_s)
+        if is_late:
+            self._launch(now_s)
 
     def _start_s(self, lane: int, now_s: float) -> float:
         """When a lane's next iteration starts: as its last one ended, if this is the first look since.
@@ -377,7 +423,7 @@ class SimEngine:
         requests, context = batch.decode_requests, batch.decode_context_tokens
         end_s = ends[0]
         last_s = end_s + self._quiet_s
-        iteration_s, slowdown = self._options.latency.iteration_s, self.slowdown
+        iteration_s, slowdown = self._options.latency.iteration_s, self.slowdown * self._contention
         for ahead in range(1, min(group.steps_to_next_end(), self._ahead)):
             free -= group.blocks_at(ahead)
             if free < 0 or end_s > last_s:
@@ -425,14 +471,18 @@ class SimEngine:
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Until the next iteration ends, a stage is free for a lane, or something happens. Always gives
         others their turn: the host must get to take requests and aborts."""
-        wake_s = min((flight.ends[-1] for flight in self._flights), default=None)
-        if wake_s is not None and len(self._flights) < len(self._stage_free_s):
-            wake_s = min(wake_s, max(self._stage_free_s[0], loop.time()))
-            if wake_s <= loop.time():
-                wake_s = min(flight.ends[-1] for flight in self._flights)
-        if wake_s is not None and wake_s <= loop.time():
-            await asyncio.sleep(0)
-            return
+        if self._on_busy is not None and self._is_busy != bool(self._flights):
+            self._is_busy = bool(self._flights)
+            self._on_busy(self._is_busy)
+        wake_s = None
+        if self._flights:
+            now_s = loop.time()
+            wake_s = min([flight.ends[-1] for flight in self._flights])
+            if len(self._flights) < len(self._stage_free_s) and self._stage_free_s[0] > now_s:
+                wake_s = min(wake_s, self._stage_free_s[0])
+            if wake_s <= now_s:
+                await asyncio.sleep(0)
+                return
         self._waker = loop.create_future()
         timer = None if wake_s is None else loop.call_at(wake_s, self._wake)
         try:
@@ -467,9 +517,11 @@ class SimEngine:
         except KvGone:
             arrived = False
         del self._reads[sequence.request_id]
+        now_s = asyncio.get_running_loop().time()
+        self._catch_up(now_s)  # what has ended had its blocks
         self._scheduler.loaded(sequence, arrived=arrived)
         if self._watcher is not None:
-            self._watcher.read(sequence.request_id, asyncio.get_running_loop().time())
+            self._watcher.read(sequence.request_id, now_s)
         self._has_changed()
 
     def _keep(self, sequence: Sequence) -> dict[str, Any]:
@@ -505,6 +557,11 @@ class SimEngine:
             if sequence.told_s == told_s and self._has_news(sequence) and not sequence.ended:
                 outputs.append(self._output(sequence, now_s))
         return outputs
+
+    def _has_stale_load(self) -> bool:
+        """Whether blocks were freed since the load was told, and no output will come to tell it again."""
+        scheduler = self._scheduler
+        return scheduler.pool.used != self._told_used and not (scheduler.running or scheduler.queued)
 
     def _has_news(self, sequence: Sequence) -> bool:
         self._scheduler.bring_up(sequence)
@@ -553,12 +610,32 @@ class SimEngine:
         if batch.decode_requests:
             counters.decode_iterations += steps
             counters.decode_tokens += steps * batch.decode_requests
-        used = self._scheduler.pool.used
-        counters.kv_peak_blocks = max(counters.kv_peak_blocks, used)
-        # Iterations of several lanes overlap; memory is in use once.
-        counters.kv_block_s += used * max(0.0, end_s - max(start_s, self._counted_s))
-        self._counted_s = max(end_s, self._counted_s)
-        last_context = batch.decode_context_tokens + (flight.ended + steps - 1) * batch.decode_requests
-        counters.peak = Batch(*map(max, counters.peak, batch._replace(decode_context_tokens=last_context)))
+        self._count_blocks(flight, start_s, steps)
+        context = batch.decode_context_tokens + (flight.ended + steps - 1) * batch.decode_requests
+        peak = counters.peak
+        if (
+            context > peak.decode_context_tokens
+            or batch.decode_requests > peak.decode_requests
+            or batch.prefill_tokens > peak.prefill_tokens
+            or batch.prefill_attention > peak.prefill_attention
+            or batch.prefill_requests > peak.prefill_requests
+        ):
+            counters.peak = Batch(*map(max, peak, batch._replace(decode_context_tokens=context)))
         if self._watcher is not None:
             self._watcher.iterated(start_s, end_s, steps, batch)
+
+    def _count_blocks(self, flight: _Flight, start_s: float, steps: int) -> None:
+        """Of every iteration for itself: each may have taken more than the one before."""
+        counters, group = self.counters, self._scheduler.groups[flight.lane]
+        used = self._scheduler.pool.used
+        # Iterations of several lanes overlap; memory is in use once.
+        begin_s = max(start_s, self._counted_s)
+        for ahead in range(steps):
+            if ahead:
+                used += group.blocks_at(ahead)
+            end_s = flight.ends[flight.ended + ahead]
+            if end_s > begin_s:
+                counters.kv_block_s += used * (end_s - begin_s)
+                begin_s = end_s
+        counters.kv_peak_blocks = max(counters.kv_peak_blocks, used)
+        self._counted_s = begin_s

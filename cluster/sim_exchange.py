@@ -169,7 +169,7 @@ class SocketExchange:
         link.say("free", request_id)
 
     def _transfer_s(self, handle: Mapping[str, Any], tokens: int) -> float:
-        rate = min(self._bytes_per_s, handle["remote_bytes_per_s"])
+        rate: float = min(self._bytes_per_s, handle["remote_bytes_per_s"])
         size = float(tokens * self._kv_bytes_per_token)
         if self._overlap and handle.get("chunks_s"):
             # As kv_transfer.topology.exposed_bytes, which this package must not import.
@@ -259,12 +259,12 @@ class _SourceLink:
     async def keeps(self, request_id: str) -> bool:
         """Whether the source keeps the KV, for this reader from now on. Raises KvGone."""
         number = next(self._numbers)
-        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
         self.say("ask", number, request_id)
         try:
-            await asyncio.wait(
-                [answer, self._lost], timeout=ANSWER_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
-            )
+            first: list[asyncio.Future[Any]] = [answer, self._lost]
+            await asyncio.wait(first, timeout=ANSWER_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
             raise self._gone(request_id, f"no answer in {ANSWER_DEADLINE_S:g} s")
@@ -312,7 +312,8 @@ def _line(*words: str | int | bool) -> bytes:
 
 
 def _message(line: bytes) -> Message:
-    return msgspec.json.decode(line, type=Message)  # its errors are ValueErrors
+    message: Message = msgspec.json.decode(line, type=Message)  # its errors are ValueErrors
+    return message
 
 
 def _keep_alive(writer: asyncio.StreamWriter) -> None:

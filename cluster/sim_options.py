@@ -90,13 +90,22 @@ def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]
     batched, seqs = _vllm_defaults(spec, hardware, pool.ranks)
     chunked = bool(options.get("enable_chunked_prefill", True))
     batched = int(options.get("max_num_batched_tokens") or batched)
+    if not chunked:
+        batched = max(batched, max_model_len)  # whole prompts need room for the longest, as vLLM demands
+    seqs = int(options.get("max_num_seqs") or min(seqs, batched))
+    if seqs > batched:
+        raise SpecError(
+            file="(spec)",
+            path="engine_options.max_num_seqs",
+            value=seqs,
+            allowed=f"as in vLLM, at most max_num_batched_tokens, which is {batched} for {role}",
+        )
     return TwinOptions(
         blocks=blocks,
         block_size=block_size,
         max_model_len=max_model_len,
-        max_num_seqs=int(options.get("max_num_seqs") or seqs),
-        # Whole prompts need room for the longest, as vLLM demands.
-        max_num_batched_tokens=batched if chunked else max(batched, max_model_len),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=batched,
         latency=_latency(spec, role, shape, hardware),
         long_prefill_token_threshold=int(options.get("long_prefill_token_threshold") or 0),
         chunked_prefill=chunked,
@@ -154,13 +163,13 @@ def _kv_tokens(
 def _vllm_defaults(spec: ClusterSpec, hardware: Hardware | None, ranks: int) -> tuple[int, int]:
     """(max_num_batched_tokens, max_num_seqs) where the spec has none.
 
-    vLLM 0.32, `EngineArgs._set_default_max_num_seqs_and_batched_tokens_args`, for its API server.
+    vLLM 0.32, `EngineArgs.get_batch_defaults`, for its API server.
     """
     if spec.device == "cpu":
         return 2048 * ranks, 128 * ranks
     if hardware is None or hardware.memory_bytes < 70 * 2**30 or hardware.name.startswith("a100"):
         return 2048, 256
-    return 8192, 1024
+    return (16384 if hardware.memory_bytes >= 160 * 2**30 else 8192), 1024
 
 
 def _latency(

@@ -2,17 +2,19 @@
 
 Continuous batching by iteration under a token budget: decodes first, then the prompt in progress, then
 waiting ones as far as tokens, requests and KV blocks allow; prompts in chunks or whole; preemption by
-recompute, the last one first, when blocks run out; a prefix cache. With `separate_prefill`, as vLLM did before it
-had chunks: waiting prompts first, in iterations of their own. Pure: it is told what happened and never asks the
-time.
+recompute, the last one first, when blocks run out; a prefix cache. With `separate_prefill` as vLLM did before
+it had chunks: waiting prompts first, in iterations of their own. Pure: it is told what happened and never
+asks the time.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from cluster.latency import Batch
@@ -37,6 +39,7 @@ class Sequence:
         generated: output tokens.
         external, local: prompt tokens whose KV was read from elsewhere, or found in the cache.
         preempted: how often it was; chunks of earlier lives are void.
+        admitted: number of its last admission, or of its taking blocks for what is to be read.
         lane: pipeline lane in which it decodes.
         hash_state: hash of the prompt and the tokens told.
         told, told_s: output tokens that went out, and when the last ones did.
@@ -58,6 +61,7 @@ class Sequence:
     external: int = 0
     local: int = 0
     preempted: int = 0
+    admitted: int = 0
     lane: int = 0
     joined_step: int = 0
     end_step: int = 0
@@ -97,6 +101,8 @@ class Scheduler:
         groups: decoding requests by pipeline lane.
         waiting: in the order in which they will be admitted.
         loading: requests whose KV is on its way, with blocks taken.
+        loaded_waiting: those whose KV has come, in the order in which they took their blocks. They go first:
+            who holds blocks must not wait for one who waits for blocks.
         kept: ended requests whose blocks wait for a reader.
     """
 
@@ -106,11 +112,13 @@ class Scheduler:
         self.groups = [DecodeGroup(options.block_size) for _ in range(options.pipeline_stages)]
         self.waiting: deque[Sequence] = deque()
         self.loading: dict[str, Sequence] = {}
+        self.loaded_waiting: list[Sequence] = []
         self.kept: dict[str, Sequence] = {}
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self._prefilling: list[Sequence] = []
         self._members: dict[str, Sequence] = {}
+        self._admissions = 0
 
     # --- requests come and go
 
@@ -157,10 +165,11 @@ class Scheduler:
         sequence.remote = None
         if arrived:
             self.pool.commit(sequence.table, sequence.computed)
+            insort(self.loaded_waiting, sequence, key=_admitted)
         else:
             self.pool.release(sequence.table)
             sequence.computed = sequence.external = sequence.local = 0
-        self.waiting.appendleft(sequence)
+            self.waiting.appendleft(sequence)
 
     @property
     def running(self) -> int:
@@ -170,7 +179,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """Requests that wait, for memory, a place in the batch or their KV."""
-        return len(self.waiting) + len(self.loading)
+        return len(self.waiting) + len(self.loading) + len(self.loaded_waiting)
 
     @property
     def empty(self) -> bool:
@@ -198,7 +207,9 @@ class Scheduler:
         if self.options.separate_prefill and (chunks := self._prompts(group, budget, before, to_read)):
             return Step(chunks, _batch(None, chunks)), to_read
         while not self.pool.take(group.blocks_at(0)):
-            self._preempt(self._victim(group) or group.last())
+            victim = self._victim(group)
+            assert victim is not None  # who needs a block is one
+            self._preempt(victim)
         group.begun = True
         chunks = []
         if not self.options.separate_prefill:
@@ -259,6 +270,8 @@ class Scheduler:
     def _continue_prompts(self, group: DecodeGroup, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in list(self._prefilling):
+            if sequence.table.count == 0:
+                continue  # a victim of one before it
             tokens = self._chunk(sequence.total - sequence.computed, budget)
             if not tokens:
                 continue
@@ -278,8 +291,10 @@ class Scheduler:
 
     def _admit(self, budget: int, chunks: list[Chunk], to_read: list[Sequence]) -> None:
         running = self.running
-        while self.waiting and budget > 0 and running < self.options.max_num_seqs:
-            sequence = self.waiting[0]
+        while budget > 0 and running < self.options.max_num_seqs:
+            if not self.loaded_waiting and not self.waiting:
+                return
+            sequence = self.loaded_waiting[0] if self.loaded_waiting else self.waiting[0]
             if sequence.remote is not None:
                 if not self._begin_loading(sequence):
                     return
@@ -296,23 +311,32 @@ class Scheduler:
                 self.prefix_hit_tokens += before
                 if not sequence.generated:
                     sequence.local = before
-            self.waiting.popleft()
+            if self.loaded_waiting:
+                del self.loaded_waiting[0]
+            else:
+                self.waiting.popleft()
             self._prefilling.append(sequence)
+            self._number(sequence)
             running += 1
             chunks.append(self._advance(sequence, tokens))
             budget -= tokens
 
-    def _reserve(self, sequence: Sequence, found: int, tokens: int) -> bool:
+    def _number(self, sequence: Sequence) -> None:
+        self._admissions += 1
+        sequence.admitted = self._admissions
+
+    def _reserve(self, sequence: Sequence, found: int, tokens: int, promised: int = 0) -> bool:
         """Take the blocks for the first `tokens` tokens, `found` of them from the cache, if the whole prompt
-        could be held."""
+        could be held and `promised` blocks are left."""
         pool, table = self.pool, sequence.table
         held = table.count + found
         whole = sequence.total if self.options.reserve_full_prompt else tokens
-        if pool.blocks_for(whole) - held > pool.available(table, found):
+        needed = pool.blocks_for(tokens) - held
+        available = pool.available(table, found)
+        if pool.blocks_for(whole) - held > available or needed > available - promised:
             return False
         if found:
             pool.share(table, found)
-        needed = pool.blocks_for(tokens) - held
         if not pool.take(needed):
             raise RuntimeError("blocks that were available could not be taken")
         table.private += needed
@@ -324,8 +348,9 @@ class Scheduler:
         found = self.pool.find(sequence.table, sequence.total - 1)
         local = found * self.pool.block_size
         there = min(int(sequence.remote.get("remote_num_tokens") or 0), sequence.total - 1)
-        if not self._reserve(sequence, found, max(local, there)):
+        if not self._reserve(sequence, found, max(local, there), self._promised()):
             return False
+        self._number(sequence)
         sequence.local = local
         self.prefix_hit_tokens += local
         sequence.external = max(0, there - local)
@@ -333,10 +358,17 @@ class Scheduler:
         self.loading[sequence.request_id] = sequence
         return True
 
+    def _promised(self) -> int:
+        """Blocks that the prompts under way still need. One that is read holds its blocks and can't be
+        preempted: were others to take the rest, all could wait for each other."""
+        under_way = chain(self.loading.values(), self.loaded_waiting, self._prefilling)
+        return sum(self.pool.blocks_for(one.total) - one.table.count for one in under_way)
+
     def _chunk(self, tokens: int, budget: int) -> int:
         """Prompt tokens to compute now of `tokens` that are left; 0 for none."""
         options = self.options
-        if options.long_prefill_token_threshold:
+        # A request that is alone may take all: there is nobody to starve.
+        if options.long_prefill_token_threshold and len(self._members) > 1:
             tokens = min(tokens, options.long_prefill_token_threshold)
         if tokens <= budget:
             return tokens
@@ -351,10 +383,9 @@ class Scheduler:
 
     def _victim(self, group: DecodeGroup) -> Sequence | None:
         """Whom to preempt: the last one admitted of those that no running iteration computes."""
-        for sequence in reversed(self._prefilling):
-            if not sequence.in_flight:
-                return sequence
-        return group.last() if group.members else None
+        candidates = [sequence for sequence in self._prefilling if not sequence.in_flight]
+        candidates += group.members.values()
+        return max(candidates, key=_admitted, default=None)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take its blocks; it waits at the head of the queue and is computed anew."""
@@ -374,6 +405,8 @@ class Scheduler:
             return
         elif sequence in self._prefilling:
             self._prefilling.remove(sequence)
+        elif sequence in self.loaded_waiting:
+            self.loaded_waiting.remove(sequence)
         else:
             self.waiting.remove(sequence)
 
@@ -386,14 +419,25 @@ class Scheduler:
             self.pool.release(sequence.table, sequence.computed)
 
 
+def _admitted(sequence: Sequence) -> int:
+    return sequence.admitted
+
+
 def _batch(group: DecodeGroup | None, chunks: list[Chunk]) -> Batch:
-    decodes, context = (len(group.members), group.context_tokens) if group is not None else (0, 0)
+    requests, context = (len(group.members), group.context_tokens) if group is not None else (0, 0)
     if not chunks:
-        return Batch(0, 0, 0, decodes, context)
-    tokens = attention = 0
+        return Batch(0, 0, 0, requests, context)
+    tokens = attention = prompts = 0
     for chunk in chunks:
         after = chunk.sequence.computed
         before = after - chunk.tokens
+        if chunk.tokens == 1:
+            # One token over a context is what a decode is, to the kernels too; so it is with every request
+            # whose KV was read from elsewhere.
+            requests += 1
+            context += before
+            continue
+        prompts += 1
         tokens += chunk.tokens
         attention += after * after - before * before
-    return Batch(tokens, attention, len(chunks), decodes, context)
+    return Batch(tokens, attention, prompts, requests, context)

@@ -63,6 +63,8 @@ class IngressSpec(_Frozen):
         replicas: processes; each speaks to every instance.
         host, port: where HAProxy listens.
         server_options: any option of vLLM's OpenAI server, for example `tool_call_parser: hermes`.
+        decision_log: file on the ingress' machine that gets a JSON line per decision (`router.decision_log`);
+            with several replicas each adds its name to it.
     """
 
     replicas: PositiveInt = 1
@@ -70,6 +72,7 @@ class IngressSpec(_Frozen):
     port: int = Field(default=8000, ge=1, le=65535)
     cpus: float = Field(default=1.0, ge=0)
     server_options: dict[str, Any] = Field(default_factory=dict)
+    decision_log: str | None = Field(default=None, min_length=1)
 
 
 class DeadlineSpec(_Frozen):
@@ -136,6 +139,8 @@ class SimEngineSpec(_Frozen):
         kv_capacity_tokens: tokens in the KV cache of an instance; default: what the hardware's memory leaves
             beside the weights, else 1,000,000.
         max_model_len: where `engine_options` has none; default: the shape's, else 32,768.
+        hop_s: simulated time between a router and an engine, there and back together, where no profile has it
+            (frontend_s, handoff_s). Served live, a hop takes what it takes.
         separate_prefill: whether an iteration with prompts holds no decodes and goes first, as in vLLM up to
             0.3; for policy `unsplit`, as on a decode instance every hand-over would stop the others.
     """
@@ -148,6 +153,7 @@ class SimEngineSpec(_Frozen):
     block_size: PositiveInt = 16
     kv_capacity_tokens: PositiveInt | None = None
     max_model_len: PositiveInt | None = None
+    hop_s: float = Field(default=0.0, ge=0)
     separate_prefill: bool = False
     network: NetworkSpec = Field(default_factory=NetworkSpec)
 

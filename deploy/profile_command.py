@@ -185,6 +185,8 @@ def _of_url(args: argparse.Namespace) -> tuple[LatencyProfile, str]:
         residuals=found.fit.residuals,
         frontend_s=found.frontend_s,
         handoff_s=found.handoff_s,
+        prefill_contention=max(1.0, found.prompt_slowdown),
+        decode_contention=max(1.0, found.decode_slowdown),
     )
     notes = {
         "front end": f"{found.frontend_s * 1e3:.2f} ms, not in the prefill costs above",

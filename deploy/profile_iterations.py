@@ -39,11 +39,13 @@ class Iteration:
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """`waited`: an iteration passed that may have computed a part of its prompt."""
+    """`late`: it came while an iteration ran, which it is not in. `waited`: an iteration passed that may have
+    computed a part of its prompt."""
 
     prompt_tokens: int
     computed_tokens: int = 0
     generated: int = 0
+    late: bool = False
     waited: bool = False
 
 
@@ -60,6 +62,7 @@ class IterationTracker:
     def __init__(self) -> None:
         self._open: dict[str, _Open] = {}
         self._began_s = 0.0
+        self._runs = False
 
     @property
     def open(self) -> int:
@@ -70,7 +73,8 @@ class IterationTracker:
         """A request was given to the engine."""
         if not self._open:
             self._began_s = max(self._began_s, now_s)
-        self._open[request_id] = _Open(prompt_tokens)
+            self._runs = False
+        self._open[request_id] = _Open(prompt_tokens, late=self._runs)
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """These ended, or were aborted."""
@@ -91,6 +95,7 @@ class IterationTracker:
             outputs: tokens of each request that got any.
             prompts: the engine's count of prompt chunks, None from an engine that does not count.
         """
+        self._runs = True  # the next one began as this one ended
         seconds = ended_s - self._began_s
         self._began_s = ended_s
         known = [(self._open[o.request_id], o) for o in outputs if o.request_id in self._open]
@@ -124,7 +129,9 @@ class IterationTracker:
     def _chunks(self, firsts: list[_Open], prompts: PromptCount | None) -> list[tuple[int, int]] | None:
         """(tokens before, tokens after) of each chunk; None if they are not known or contradict the count."""
         if prompts is None:
-            waiting = [r for r in self._open.values() if not r.generated and r not in firsts]
+            waiting = [r for r in self._open.values() if not (r.generated or r.late or r in firsts)]
+            for request in self._open.values():
+                request.late = False
             known = not waiting and not any(request.waited for request in firsts)
             for request in waiting:
                 request.waited = True

@@ -30,7 +30,7 @@ from deploy.simulation_result import SimulationResult
 from deploy.slo_classes import SloClass
 from deploy.virtual_time import VirtualTimeLoop, run_virtual
 from deploy.workload import WorkloadRequest, fast_prompt_tokens
-from router.policy import make_policy
+from router.policy import Policy, make_policy
 from router.router import Router
 
 # The controller answers a watcher at the latest after this, as it does an ingress.
@@ -61,6 +61,7 @@ class Simulation:
         seed: int = 0,
         with_spans: bool = False,
         on_progress: Callable[[float, int], None] | None = None,
+        policy: Policy | None = None,
     ) -> None:
         """
         Args:
@@ -68,6 +69,7 @@ class Simulation:
             classes: the SLO class of each request; None for no bounds.
             with_spans: whether to keep every iteration, for pictures.
             on_progress: told the virtual time and the requests that have ended, now and then.
+            policy: instead of the spec's; it is asked about request `r<index>`.
 
         Raises:
             SpecError: the spec can't be simulated.
@@ -83,7 +85,10 @@ class Simulation:
         self._journal = Journal(requests, classes, with_spans=with_spans, on_progress=on_progress)
         self._instances = SimInstances(self._spec, scenario, self._journal, self._deliver)
         self._router = Router(
-            make_policy(spec.policy), spec.deadlines, self._journal, IngressMetrics(CollectorRegistry())
+            policy or make_policy(spec.policy),
+            spec.deadlines,
+            self._journal,
+            IngressMetrics(CollectorRegistry()),
         )
         self._instances.router = self._router
         self._journal.on_end = lambda name: self._instances.block_hashes.pop(name, None)

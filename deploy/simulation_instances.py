@@ -79,14 +79,20 @@ class SimLife:
         )
         watcher: Watcher = _EngineWatcher(cluster.watcher, info.instance_id)
         self.engine = SimEngine(
-            options, cluster.spec.model, exchange=exchange, watcher=watcher, quiet_s=QUIET_S
+            options,
+            cluster.spec.model,
+            exchange=exchange,
+            watcher=watcher,
+            on_busy=cluster.on_busy(info.role),
+            quiet_s=QUIET_S,
         )
         self.load = InstanceLoad()
         profile = options.latency.profile if isinstance(options.latency, ProfiledLatency) else None
+        hop_s = cluster.spec.sim.hop_s
         self._delay_s = {
-            HopKind.PREFILL: profile.frontend_s if profile else 0.0,
-            HopKind.WHOLE: profile.frontend_s if profile else 0.0,
-            HopKind.DECODE: profile.handoff_s if profile else 0.0,
+            HopKind.PREFILL: profile.frontend_s if profile else hop_s,
+            HopKind.WHOLE: profile.frontend_s if profile else hop_s,
+            HopKind.DECODE: profile.handoff_s if profile else hop_s,
         }
         self._on_the_way: dict[str, asyncio.TimerHandle] = {}
         self._ready_s = 0.0
@@ -190,6 +196,15 @@ class SimLife:
             self._cluster.deliver(self._instance_id, step.outputs)
 
 
+def _contention(record: Record) -> float:
+    """How many times as long an iteration takes there while the other phase computes."""
+    latency = record.options.latency
+    if not isinstance(latency, ProfiledLatency):
+        return 1.0
+    profile = latency.profile
+    return profile.prefill_contention if record.role is Role.PREFILL else profile.decode_contention
+
+
 def _request(hop: Hop) -> TokenRequest:
     extra: dict[str, Any] = {}
     if hop.kind is HopKind.PREFILL:
@@ -227,6 +242,7 @@ class SimInstances:
         self.network = SimNetwork(spec)
         self.lives: dict[str, SimLife] = {}
         self.block_hashes: dict[str, list[int]] = {}
+        self._busy = dict.fromkeys(Role, 0)
         of_role = {
             Role.PREFILL: twin_options(spec, Role.PREFILL, prefill_options(spec)),
             Role.DECODE: twin_options(spec, Role.DECODE, decode_options(spec)),
@@ -234,6 +250,19 @@ class SimInstances:
         self.records = {
             instance_id: Record(instance_id, role, of_role[role], []) for instance_id, role in spec.places()
         }
+
+    def on_busy(self, role: Role) -> Callable[[bool], None] | None:
+        """What an engine of that role shall tell: where the phases share cores, one slows the other."""
+        if all(_contention(record) == 1 for record in self.records.values()):
+            return None
+
+        def told(busy: bool) -> None:
+            self._busy[role] += 1 if busy else -1
+            for life in self.lives.values():
+                if life.record.role is not role:
+                    life.engine.set_contention(_contention(life.record) if self._busy[role] else 1.0)
+
+        return told
 
     def start_s(self, instance_id: str) -> float:
         """Seconds until a launched life is READY; the first lives are there when the traffic begins."""

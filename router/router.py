@@ -11,7 +11,7 @@ from typing import Protocol
 from cluster.errors import Draining, EngineFailure, InstanceLost, NoInstance, ServingError
 from cluster.instance import InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
-from cluster.request import ServeRequest
+from cluster.request import ServeRequest, Stage
 from cluster.spec import DeadlineSpec
 from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
@@ -68,6 +68,11 @@ class Router:
     ) -> None:
         self.deadlines = deadlines
         self.metrics = metrics
+        # Looked up once: a lookup by label costs more than the observation.
+        self.stage_seconds = {
+            stage: metrics.stage_seconds.labels(stage=stage.value)
+            for stage in (Stage.PREFILL, Stage.TRANSFER)
+        }
         self.fleet: Fleet[Link] = Fleet()
         self.reservations = self.fleet.reservations
         self._policy = policy

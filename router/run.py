@@ -195,6 +195,9 @@ class Run:
     async def _ended(self, hop: Hop) -> None:
         """Wait for the end; the deadline is for the next token, and starts anew with each."""
         stall_s = self._router.deadlines.stall_s
+        if hop.ended.done():  # a prefill starts and ends with one output
+            hop.ended.result()
+            return
         while True:
             try:
                 async with asyncio.timeout_at(hop.progress_s + stall_s):
@@ -208,7 +211,7 @@ class Run:
 
     def _observe(self, stage: Stage, since_s: float | None) -> None:
         assert since_s is not None
-        self._router.metrics.stage_seconds.labels(stage=stage.value).observe(self._now() - since_s)
+        self._router.stage_seconds[stage].observe(self._now() - since_s)
 
     @staticmethod
     def _now() -> float:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from cluster.instance import Role
+from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost
 from cluster.spec import ClusterSpec, parse_spec
 from deploy.scenario import Scenario, parse_scenario
 from deploy.simulation import Simulation
@@ -178,9 +179,9 @@ def test_whatever_happens_every_request_ends_and_nothing_is_left(
 def test_an_undisturbed_request_takes_the_time_of_its_iterations() -> None:
     result = Simulation(spec_of(), steady(1, tokens=100, answer=11)).run()
     request = result.requests[0]
-    # Prefill: a step with 100 prompt tokens. Decode: a step with the token that prefill sampled, 9 without.
+    # Prefill: a step with 100 prompt tokens. Decode: ten steps, the first with prefill's token.
     assert request.ttft_s == pytest.approx(0.01 + 100 * 0.0001)
-    assert request.tpot_s == pytest.approx((10 * 0.01 + 0.0001) / 10)
+    assert request.tpot_s == pytest.approx(0.01)
     assert (result.kv_tokens_moved, result.kv_tokens_recomputed) == (100, 0)
     assert [use.iterations for use in result.instances] == [1, 10]
 
@@ -208,6 +209,28 @@ def test_two_processes_write_the_same_bytes() -> None:
     ]
     assert told[0] == told[1]
     assert b"cancelled" in told[0]
+
+
+def test_phases_that_share_cores_slow_each_other_while_both_compute(tmp_path: Path) -> None:
+    profile = LatencyProfile(
+        model="m",
+        machine="two cores",
+        source="made up",
+        prefill=(PrefillCost(base_s=0.1, token_s=0.0),),
+        decode=(DecodeCost(base_s=0.02),),
+        region=Batch(1000, 1_000_000, 10, 10, 10_000)._asdict(),
+        prefill_contention=1.5,
+        decode_contention=2.0,
+    )
+    profile.save(tmp_path / "p.json")
+    spec = spec_of(sim={"profile": str(tmp_path / "p.json"), "max_model_len": 512})
+    asked = [WorkloadRequest(arrival_s=at_s, input_tokens=64, output_tokens=21) for at_s in (0.0, 0.25)]
+    first, second = Simulation(spec, asked).run().requests
+    # The first decodes from 0.10 s on, alone until 0.25 s: 7.5 tokens. Then the second's prompt takes 1.5 x
+    # 0.1 s while the first's next 3.75 tokens take 0.04 s each; from 0.40 s on it is alone, with 8.75 to go.
+    assert first.ttft_s == pytest.approx(0.1)
+    assert second.ttft_s == pytest.approx(0.15)
+    assert first.end_s == pytest.approx(0.40 + 8.75 * 0.02)
 
 
 def test_a_killed_decode_instance_costs_time_and_no_token() -> None:

@@ -1,0 +1,241 @@
+"""Blocks of the twin against an oracle that has a list for everything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.sim_blocks import BlockPool, BlockTable
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = 4
+
+
+def table_of(pool: BlockPool, tokens: list[int]) -> BlockTable:
+    return BlockTable(hashes=pool.hashes(tokens))
+
+
+def fill(pool: BlockPool, tokens: list[int]) -> BlockTable:
+    """A request that has computed all its prompt."""
+    table = table_of(pool, tokens)
+    found = pool.find(table, len(tokens))
+    pool.share(table, found)
+    assert pool.take(pool.blocks_for(len(tokens)) - found)
+    table.private += pool.blocks_for(len(tokens)) - found
+    pool.commit(table, len(tokens))
+    return table
+
+
+def check(pool: BlockPool, tables: list[BlockTable]) -> None:
+    """Blocks in use are those that the tables hold, each once."""
+    held = {block for table in tables for block in table.shared}
+    assert pool.used == len(held) + sum(table.private for table in tables)
+    assert pool.used + pool.free == pool.blocks
+    assert 0 <= pool.used <= pool.blocks
+
+
+class Oracle:
+    """The cached blocks that nobody uses, as a list: the first is evicted first."""
+
+    def __init__(self) -> None:
+        self.idle: list[int] = []
+        self.users: dict[int, int] = {}
+
+    def use(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.users[block] = self.users.get(block, 0) + 1
+            if block in self.idle:
+                self.idle.remove(block)
+
+    def release(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
+            self.users[block] -= 1
+            if not self.users[block]:
+                del self.users[block]
+                self.idle.append(block)
+
+    def evict(self, count: int) -> None:
+        del self.idle[:count]
+
+    @property
+    def known(self) -> set[int]:
+        return {*self.idle, *self.users}
+
+
+prompts = st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(1, 3), st.integers(0, 3)).map(
+    # A shared beginning, then one's own rest, then tokens that fill no block.
+    lambda parts: [1] * (BLOCK * parts[0]) + [10 + parts[1]] * (BLOCK * parts[2]) + [2] * parts[3]
+)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("begin"), prompts),
+        st.tuples(st.just("end"), st.integers(0, 20)),
+        st.tuples(st.just("grow"), st.integers(0, 20)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(operations, st.integers(4, 24))
+def test_the_pool_does_as_the_oracle(asked: list[tuple[str, object]], blocks: int) -> None:
+    """1: in use is what tables hold. 2: found are the leading blocks that the oracle knows. 3: evicted is who
+    was released first, of a prompt its last blocks first."""
+    pool, oracle, live = BlockPool(blocks, BLOCK, caching=True), Oracle(), []
+    for what, facts in asked:
+        if what == "begin":
+            assert isinstance(facts, list)
+            table = table_of(pool, facts)
+            found = pool.find(table, len(facts) - 1)
+            leading = table.hashes[: (len(facts) - 1) // BLOCK]
+            known = [block in oracle.known for block in leading]
+            assert found == (known.index(False) if False in known else len(known))
+            fresh = pool.blocks_for(len(facts)) - found
+            unused = sum(block in oracle.idle for block in table.hashes[:found])
+            assert pool.available(table, found) == pool.free - unused
+            if fresh > pool.available(table, found):
+                continue
+            pool.share(table, found)
+            oracle.use(table.hashes[:found])
+            plain = pool.blocks - pool.used - len(oracle.idle)
+            assert pool.take(fresh)
+            oracle.evict(max(0, fresh - plain))
+            table.private += fresh
+            pool.commit(table, len(facts))
+            oracle.use(table.shared[found:])
+            live.append(table)
+        elif live and what == "end":
+            assert isinstance(facts, int)
+            table = live.pop(facts % len(live))
+            oracle.release(table.shared)
+            pool.release(table)
+            assert table.count == 0
+        elif live:
+            assert isinstance(facts, int)
+            plain = pool.blocks - pool.used - len(oracle.idle)
+            had = pool.free
+            taken = pool.take(1)
+            assert taken == (had > 0)
+            if taken:
+                oracle.evict(max(0, 1 - plain))
+                live[facts % len(live)].private += 1
+        check(pool, live)
+        for table in live:
+            assert set(table.shared) <= oracle.known
+    for table in live:
+        pool.release(table)
+    assert pool.used == 0
+
+
+tokens = st.lists(st.integers(0, 2), max_size=24)
+
+
+@given(tokens, tokens)
+def test_hashes_are_equal_where_all_before_is_equal(left: list[int], right: list[int]) -> None:
+    pool = BlockPool(1, BLOCK, caching=True)
+    ours, theirs = pool.hashes(left), pool.hashes(right)
+    assert len(ours) == len(left) // BLOCK
+    for number, (one, other) in enumerate(zip(ours, theirs, strict=False), 1):
+        assert (one == other) == (left[: number * BLOCK] == right[: number * BLOCK])
+
+
+@given(tokens, st.integers(0, 6))
+def test_known_leading_hashes_give_the_same_list(prompt: list[int], known: int) -> None:
+    pool = BlockPool(1, BLOCK, caching=True)
+    hashes = pool.hashes(prompt)
+    assert pool.hashes(prompt, hashes[:known]) == hashes
+
+
+def test_hashes_are_the_same_in_every_process() -> None:
+    code = (
+        "from cluster.sim_blocks import BlockPool\n"
+        "print(BlockPool(1, 4, caching=True).hashes(list(range(64))))"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(told) == 1
+
+
+def test_nothing_is_found_without_caching() -> None:
+    pool = BlockPool(8, BLOCK, caching=False)
+    pool.release(fill(pool, [1] * 16), 16)
+    table = table_of(pool, [1] * 16)
+    assert table.hashes == []
+    assert pool.find(table, 15) == 0
+    assert pool.used == 0
+
+
+def test_blocks_are_shared_and_the_last_user_frees_them() -> None:
+    pool = BlockPool(8, BLOCK, caching=True)
+    first = fill(pool, [1] * 16)
+    second = fill(pool, [1] * 16 + [2] * 4)
+    assert pool.used == 5
+    pool.release(first)
+    assert pool.used == 5
+    pool.release(second)
+    assert pool.used == 0
+    assert pool.find(table_of(pool, [1] * 16 + [2] * 4), 20) == 5
+
+
+def test_the_oldest_prompt_goes_first_and_of_it_the_last_blocks() -> None:
+    pool = BlockPool(8, BLOCK, caching=True)
+    old, new = [1] * 16, [2] * 16
+    tables = [fill(pool, old), fill(pool, new)]
+    for table in tables:
+        pool.release(table)
+    assert pool.take(3)
+    assert pool.find(table_of(pool, old), 16) == 1
+    assert pool.find(table_of(pool, new), 16) == 4
+
+
+def test_more_than_there_is_cannot_be_taken_and_nothing_is_lost() -> None:
+    pool = BlockPool(4, BLOCK, caching=True)
+    pool.release(fill(pool, [1] * 8))
+    assert not pool.take(5)
+    assert pool.find(table_of(pool, [1] * 8), 8) == 2
+
+
+def test_two_that_fill_equal_blocks_at_once_hold_a_copy_each() -> None:
+    pool = BlockPool(8, BLOCK, caching=True)
+    first, second = (table_of(pool, [1] * 8) for _ in range(2))
+    for table in (first, second):
+        assert pool.take(2)
+        table.private = 2
+    for table in (first, second):
+        pool.commit(table, 8)
+    check(pool, [first, second])
+    assert pool.used == 4
+    pool.release(first)
+    pool.release(second)
+    assert pool.used == 0
+    assert pool.find(table_of(pool, [1] * 8), 8) == 2
+
+
+@pytest.mark.parametrize(("filled", "found"), [(8, 2), (11, 2), (12, 3), (17, 4)])
+def test_full_blocks_of_output_stay_for_the_one_that_lost_them(filled: int, found: int) -> None:
+    pool = BlockPool(8, BLOCK, caching=True)
+    table = fill(pool, [1] * 8)
+    grown = pool.blocks_for(filled) - 2
+    assert pool.take(grown)
+    table.private += grown
+    before = list(table.hashes)
+    pool.release(table, filled)
+    assert pool.used == 0
+    assert table.hashes[:2] == before
+    assert pool.find(table, filled) == found
+    # Nobody else's prompt has them.
+    assert pool.find(table_of(pool, [1] * 20), 20) == 2

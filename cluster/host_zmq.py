@@ -189,6 +189,9 @@ class EngineHost:
         if not groups and step.scheduler_stats is not None:
             # Statistics without tokens (transfers, cache usage back to zero): any one ingress counts them.
             groups = {ingress: [] for ingress in list(self._ingresses)[:1]}
+        if not owner or not step.outputs:
+            for ingress in self._ingresses:  # nothing may come for long to tell them of the load
+                groups.setdefault(ingress, [])
         return groups
 
     async def _send(self, ingress: bytes, frames: list[Any]) -> None:

@@ -271,17 +271,18 @@ class SimEngine:
         loop = asyncio.get_running_loop()
         while True:
             self._launch(loop.time())
-            await self._sleep(loop)
+            if not self._has_stale_load():
+                await self._sleep(loop)
             now_s = loop.time()
             self._settle(now_s)
             if (outputs := self._outputs(now_s)) or self._has_stale_load():
                 # Now, not when the host has sent these: what comes until then has missed this iteration.
                 self._launch(now_s)
+                self._told_used = self._scheduler.pool.used
                 return StepOutputs(outputs=outputs)
 
     def load(self) -> Load:
         scheduler = self._scheduler
-        self._told_used = scheduler.pool.used
         return Load(
             running=scheduler.running,
             waiting=scheduler.queued,
@@ -561,7 +562,8 @@ class SimEngine:
     def _has_stale_load(self) -> bool:
         """Whether blocks were freed since the load was told, and no output will come to tell it again."""
         scheduler = self._scheduler
-        return scheduler.pool.used != self._told_used and not (scheduler.running or scheduler.queued)
+        changed = not self._flights and scheduler.pool.used != self._told_used
+        return changed and not (scheduler.running or scheduler.queued)
 
     def _has_news(self, sequence: Sequence) -> bool:
         self._scheduler.bring_up(sequence)

@@ -172,7 +172,7 @@ class _Replay:
         error: str | None = None
         try:
             async with asyncio.timeout_at(sent_s + min(self._options.timeout_s, cancel_after_s)):
-                await self._exchange(request, body, answer)
+                await self._exchange(index, body, answer)
             answer.check_complete(request)
         except TimeoutError:
             if cancel_after_s < self._options.timeout_s:
@@ -201,8 +201,13 @@ class _Replay:
             error=error,
         )
 
-    async def _exchange(self, request: WorkloadRequest, body: bytes, answer: _Answer) -> None:
-        headers = {"Content-Type": "application/json"}
+    async def _exchange(self, index: int, body: bytes, answer: _Answer) -> None:
+        request = self._requests[index]
+        # By its id a server's logs tell which request of the workload this is.
+        headers = {
+            "Content-Type": "application/json",
+            "x-request-id": f"replay-{self._options.seed}-{index}",
+        }
         if request.session_id is not None:
             headers["x-session-id"] = request.session_id
         async with self._session.post(self._url, data=body, headers=headers) as response:

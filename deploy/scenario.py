@@ -94,13 +94,13 @@ def load_scenario(path: Path | str, spec: ClusterSpec) -> Scenario:
 
 def parse_scenario(raw: object, spec: ClusterSpec, *, file: str = "(scenario)") -> Scenario:
     """Check a scenario that is already a mapping; raises SpecError for the first problem."""
-    if isinstance(raw, dict):
-        for number, fault in enumerate(raw.get("faults") or ()):
+    if isinstance(raw, dict) and isinstance(faults := raw.get("faults"), list):
+        for number, fault in enumerate(faults):
             _check_fault(fault, f"faults.{number}", file)
     try:
         scenario = Scenario.model_validate(raw)
     except ValidationError as error:
-        raise _error(error, "", file) from None
+        raise _error(error, "", file, Scenario) from None
     places = [instance_id for instance_id, _ in spec.places()]
     for number, fault in enumerate(scenario.faults):
         for instance_id in fault.instances:
@@ -123,11 +123,14 @@ def _check_fault(fault: object, path: str, file: str) -> None:
     try:
         _KINDS[kinds[0]].model_validate(fault)
     except ValidationError as error:
-        raise _error(error, path, file) from None
+        raise _error(error, path, file, _KINDS[kinds[0]]) from None
 
 
-def _error(error: ValidationError, path: str, file: str) -> SpecError:
+def _error(error: ValidationError, path: str, file: str, model: type[BaseModel]) -> SpecError:
     first = error.errors()[0]
     where = ".".join([*([path] if path else []), *(str(part) for part in first["loc"])])
     value = "(missing)" if first["type"] == "missing" else first["input"]
-    return SpecError(file=file, path=where, value=value, allowed=first["msg"])
+    allowed = first["msg"]
+    if first["type"] == "extra_forbidden":
+        allowed = f"no such key; the keys here are {', '.join(sorted(model.model_fields))}"
+    return SpecError(file=file, path=where, value=value, allowed=allowed)

@@ -26,6 +26,7 @@ from cluster.instance import InstanceInfo, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import Handoff, ServeRequest
 from cluster.spec import ClusterSpec
+from router.decision_log import DecisionLog, log_path
 from router.hop import Hop, HopKind
 from router.link_zmq import LinkKeeper
 from router.policy import make_policy
@@ -108,6 +109,11 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         self._outputs: asyncio.Queue[Any] = asyncio.Queue()
         # Seeds must differ between ingresses: each takes its own stream of the spec's seed.
         self._seeds = random.Random(f"{spec.seed}/{ingress}")
+        self._decision_log: DecisionLog | None = None
+        if (path := log_path(spec.ingress, ingress)) is not None:
+            self._decision_log = DecisionLog(path, self.router.fleet, self._external_id)
+            self._decision_log.open()
+            self.router.on_decision = self._decision_log.add
 
     # --- requests: what AsyncLLM calls
 
@@ -167,6 +173,10 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
 
     # --- engines: what links call
 
+    def _external_id(self, request_id: str) -> str | None:
+        original = self._originals.get(request_id)
+        return None if original is None else original.external_req_id
+
     def _encode(self, hop: Hop) -> Sequence[Any]:
         request = hop_request(self._originals[hop.request.request_id], hop)
         return self._encoder.encode(request)  # type: ignore[no-any-return]
@@ -223,6 +233,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
     async def close(self) -> None:
         """Leave every instance."""
         await self.links.close()
+        if self._decision_log is not None:
+            await self._decision_log.close()
 
 
 @contextmanager

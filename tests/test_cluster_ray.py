@@ -16,7 +16,7 @@ import pytest
 
 from cluster.sim_engine import SIM_ENGINE_NAME
 from cluster.spec import ClusterSpec
-from deploy.status import fetch_status
+from deploy.status import fetch_status, read_metric
 from deploy.tiny_model_torch import build_tiny_model
 from tests.twins import expected_tokens
 
@@ -98,6 +98,37 @@ async def test_twins_serve_behind_the_same_front_end(url: str, client: Any) -> N
     status = await asyncio.to_thread(fetch_status, url)
     assert status["pending"] == status["in_engines"] == 0
     assert {row["facts"]["fingerprint"]["engine"] for row in status["instances"]} == {SIM_ENGINE_NAME}
+
+
+async def wait_empty(url: str) -> None:
+    """Until no instance has a request or a block of KV."""
+    async with asyncio.timeout(10):
+        while True:
+            loads = [row["load"] for row in (await asyncio.to_thread(rows, url)).values()]
+            if all(not load["running"] + load["waiting"] and load["kv_usage"] == 0 for load in loads):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_twins_read_each_others_kv_and_hold_nothing_after(url: str, client: Any) -> None:
+    await wait_ready(url)
+    prompts = [[400 + n] * (100 + n) for n in range(20)]
+    assert await asyncio.gather(*(complete(client, 10, prompt) for prompt in prompts)) == [
+        expected_tokens(prompt, 10) for prompt in prompts
+    ]
+    await wait_empty(url)
+    assert await asyncio.to_thread(read_metric, url, "pdserve_kv_tokens_moved_total") > 0
+    assert await asyncio.to_thread(read_metric, url, "pdserve_kv_tokens_recomputed_total") == 0
+
+
+async def test_clients_that_leave_leave_nothing_behind(url: str, client: Any) -> None:
+    await wait_ready(url)
+    streams = [asyncio.create_task(complete(client, 500, [500 + n] * 200)) for n in range(20)]
+    for number, stream in enumerate(streams):
+        await asyncio.sleep(0.01 * (number % 5))  # some in their prefill, some reading, some decoding
+        stream.cancel()
+    await asyncio.gather(*streams, return_exceptions=True)
+    await wait_empty(url)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

@@ -280,3 +280,19 @@ async def test_a_draining_instance_keeps_its_requests_and_gets_no_more() -> None
         await until(lambda: not ingress.router.pending)
         assert ingress.tokens["r"] == expected_tokens(PROMPT, 50)
         assert await instances["decode-0"].host.drained(1.0)
+
+
+async def test_an_ingress_hears_when_another_ones_requests_have_ended() -> None:
+    async with cluster("prefill-0", "decode-0") as (first, instances):
+        second = Ingress("ingress-2")
+        try:
+            await second.reach(*instances.values())
+            for ingress, name, count in ((first, "long", 300), (second, "short", 50)):
+                ingress.submit(name, count)
+            await until(lambda: "short" in second.tokens and not second.router.pending)
+            assert second.keeper.links["decode-0"].load.running
+            await until(lambda: not first.router.pending)
+            await until(lambda: not any(link.load.running for link in second.keeper.links.values()))
+            await until(lambda: not any(link.load.kv_usage for link in first.keeper.links.values()))
+        finally:
+            await second.keeper.close()

@@ -172,6 +172,7 @@ async def test_what_is_sent() -> None:
     assert first["prompt"][512:] != second["prompt"][512:]
     assert [headers.get("x-session-id") for headers in server.headers] == ["a b", None]
     assert {headers["x-tenant-id"] for headers in server.headers} == {"t"}
+    assert [headers["x-request-id"] for headers in server.headers] == ["replay-7-0", "replay-7-1"]
     assert {headers["content-type"] for headers in server.headers} == {"application/json"}
 
 

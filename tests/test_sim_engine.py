@@ -449,3 +449,55 @@ def test_hashes_of_a_prompt_that_it_begins_with_are_taken_over() -> None:
     longer = engine.submit(request("b", list(range(30)), 5), known)
     assert longer[: len(known)] == known
     assert longer == SimEngine(options_of(), "m").submit(request("b", list(range(30)), 5))
+
+
+async def test_a_process_that_wakes_late_does_not_slow_its_engine() -> None:
+    engine = SimEngine(options_of(), "m")
+    engine.submit(request("r", [1, 2, 3], 50))
+    engine._launch(0.0)
+    for ended in range(1, 6):
+        engine._settle(ended * STEP_S + 0.004)
+        engine._launch(ended * STEP_S + 0.006)
+        assert engine._flights[0].ends == [pytest.approx((ended + 1) * STEP_S)]
+
+
+async def test_a_process_that_was_stopped_has_an_engine_that_was_stopped() -> None:
+    engine = SimEngine(options_of(), "m")
+    engine.submit(request("r", [1, 2, 3], 50))
+    engine._launch(0.0)
+    engine._settle(60.0)
+    engine._launch(60.0)
+    assert engine._flights[0].ends == [60.0 + STEP_S]
+
+
+async def test_what_comes_after_an_unnoticed_end_has_missed_the_next_iteration() -> None:
+    engine = SimEngine(options_of(), "m")
+    engine.submit(request("r", [1, 2, 3], 50))
+    now_s = asyncio.get_running_loop().time()
+    engine._launch(now_s - 1.5 * STEP_S)
+    engine.submit(request("late", [4, 5, 6], 50))
+    assert engine._flights[0].ends == [pytest.approx(now_s + 0.5 * STEP_S)]
+    assert (engine._flights[0].batch.decode_requests, engine._flights[0].batch.prefill_requests) == (1, 0)
+    assert engine.load().waiting == 1
+
+
+async def test_freed_blocks_are_told_when_no_output_will_tell_of_them() -> None:
+    engine = SimEngine(options_of(ConstantLatency()), "m", exchange=Exchange())
+    engine.submit(request("p", [1] * 20, 1, {"do_remote_decode": True}))
+    assert (await engine.outputs()).outputs
+    assert engine.load().kv_usage > 0
+    engine.release(["p"])
+    async with asyncio.timeout(5):
+        assert (await engine.outputs()).outputs == []
+    assert engine.load().kv_usage == 0
+
+
+async def test_an_aborted_request_lets_go_of_what_it_was_to_read() -> None:
+    let_go: list[Mapping[str, Any]] = []
+    exchange = Exchange()
+    exchange.let_go = let_go.append  # type: ignore[method-assign]
+    engine = SimEngine(options_of(), "m", exchange=exchange)
+    engine.submit(request("d", [1] * 21, 5, HANDLE))
+    engine.abort(["d"])
+    assert let_go == [HANDLE]
+    assert engine.idle

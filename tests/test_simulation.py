@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 
 from cluster.instance import Role
 from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost
+from cluster.request import ServeRequest
 from cluster.spec import ClusterSpec, parse_spec
 from deploy.scenario import Scenario, parse_scenario
 from deploy.simulation import Simulation
 from deploy.simulation_result import SimulationResult
 from deploy.workload import WorkloadRequest
+from router.policy import Decision
+from router.view import View
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,7 +90,7 @@ def worlds(draw: st.DrawFn) -> tuple[ClusterSpec, Scenario]:
     """A cluster, small enough for its memory and its queues to run full, and what goes wrong in it."""
     options: dict[str, Any] = {
         "max_model_len": 512,
-        "max_num_seqs": draw(st.sampled_from([2, 8, 64])),
+        "max_num_seqs": draw(st.sampled_from([2, 8, 32])),
         "max_num_batched_tokens": draw(st.sampled_from([32, 200, 4096])),
         "enable_chunked_prefill": draw(st.booleans()),
         "enable_prefix_caching": draw(st.booleans()),
@@ -302,3 +305,23 @@ def test_equal_prompts_are_found_in_the_prefix_cache() -> None:
 def test_no_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="no requests"):
         Simulation(spec_of(), [])
+
+
+def test_a_hop_takes_its_time_where_no_profile_has_it() -> None:
+    def times(hop_s: float) -> tuple[float | None, float]:
+        sim = {"step_s": 0.01, "max_model_len": 512, "hop_s": hop_s}
+        request = Simulation(spec_of(sim=sim), steady(1)).run().requests[0]
+        return request.ttft_s, request.end_s
+
+    assert times(0.0) == (pytest.approx(0.01), pytest.approx(0.2))
+    assert times(0.03) == (pytest.approx(0.04), pytest.approx(0.26))
+
+
+def test_a_policy_that_is_given_decides_instead_of_the_specs() -> None:
+    class Last:
+        def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
+            return Decision(prefill="prefill-1", decode="decode-1", link="", reason="")
+
+    spec = spec_of(prefill={"count": 2}, decode={"count": 2})
+    result = Simulation(spec, steady(5), policy=Last()).run()
+    assert {(r.prefill, r.decode) for r in result.requests} == {("prefill-1", "decode-1")}

@@ -86,10 +86,6 @@ class DecodeGroup:
                 ended.append(entry[2])
         return ended
 
-    def last(self) -> Sequence:
-        """The member that joined last."""
-        return self.members[next(reversed(self.members))]
-
     def _is_current(self, entry: tuple[int, int, Sequence]) -> bool:
         """Whether the entry's request is still here, and has not left and joined again since."""
         sequence = entry[2]

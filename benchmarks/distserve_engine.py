@@ -249,7 +249,7 @@ _LIMITS: Mapping[Kind, Mapping[str, int]] = {
     "prefill": {"max_num_batched_tokens": PREFILL_BATCHED_TOKENS},
     "separate": _UNSPLIT,
     "whole": _UNSPLIT,
-    "chunked": {"max_num_batched_tokens": CHUNK_TOKENS, "max_num_seqs": VLLM_REQUESTS},
+    "chunked": {"max_num_batched_tokens": CHUNK_TOKENS, "max_num_seqs": CHUNK_TOKENS},
 }
 
 

@@ -48,14 +48,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+def haproxies() -> set[int]:
+    return {process.pid for process in psutil.process_iter() if process.name() == "haproxy"}
+
+
 @pytest.fixture(scope="module")
 def url(model: Path) -> Iterator[str]:
     from deploy.ray_up import serving
 
-    before = {p.pid for p in psutil.process_iter() if p.name() == "haproxy"}
+    before = haproxies()
     with serving(twin_spec(model), say=print) as at:
         yield at
-    left = {p.pid for p in psutil.process_iter() if p.name() == "haproxy"} - before
+    deadline_s = time.monotonic() + 5  # one that was replaced ends when its last connection has
+    while (left := haproxies() - before) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
     assert not left, "HAProxy outlived the cluster"
     assert not any(
         "twins" in " ".join(p.cmdline()) for p in psutil.process_iter() if p.name().startswith("ray::")

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 from cluster.latency import DecodeCost, LatencyProfile, PrefillCost
 from cluster.request import Slo
 from cluster.spec import ClusterSpec, parse_spec
-from deploy.published_profiles import distserve_profile
-from deploy.simulate_command import unsplit
-from deploy.simulation import Simulation
+from deploy.profiler.published import distserve_profile
+from deploy.simulator.command import unsplit
+from deploy.simulator.run import Simulation
 from deploy.workload import WorkloadRequest, rescale
 from deploy.workload_grammar import make_workload
 

@@ -14,7 +14,7 @@ from cluster.hardware import Hardware, hardware_named
 from cluster.latency import Batch
 from cluster.latency_fit import Sample
 from cluster.model_shape import ModelShape, named_shape
-from deploy.published_profiles import SplitwiseKey, SplitwiseRow, distserve_profile
+from deploy.profiler.published import SplitwiseKey, SplitwiseRow, distserve_profile
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
 

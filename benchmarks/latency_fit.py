@@ -25,7 +25,7 @@ from benchmarks.latency_data import (
 from cluster.latency import ProfiledLatency
 from cluster.latency_fit import summarise
 from cluster.roofline import Efficiency, RooflineLatency
-from deploy.published_profiles import SplitwiseKey, SplitwiseRow, fit_splitwise, splitwise_rows
+from deploy.profiler.published import SplitwiseKey, SplitwiseRow, fit_splitwise, splitwise_rows
 
 SEED = 0
 SPLITS = 20  # seeds that the split's own luck is told from

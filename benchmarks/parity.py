@@ -26,7 +26,7 @@ from cluster.spec import ClusterSpec, parse_spec
 from deploy.ray_up import serving
 from deploy.replay import ReplayOptions, replay
 from deploy.replay_report import ReplayReport
-from deploy.simulation import Simulation
+from deploy.simulator.run import Simulation
 from deploy.status import fetch_status, read_metric
 from deploy.workload import WorkloadRequest, fit_to_model
 from deploy.workload_grammar import make_workload

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.spec import load_spec
-from deploy.simulation import Simulation
+from deploy.simulator.run import Simulation
 from deploy.workload_grammar import make_workload
 
 ROOT = Path(__file__).resolve().parent.parent

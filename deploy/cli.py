@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.errors import ServingError, SpecError
-from deploy.profile_command import add_profile
-from deploy.simulate_command import add_simulate
+from deploy.profiler.command import add_profile
+from deploy.simulator.command import add_simulate
 from deploy.workload_options import TRACE_HELP, add_workload_options
 
 EXIT_OK = 0
@@ -128,7 +128,7 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    from deploy.simulate_command import run_simulate
+    from deploy.simulator.command import run_simulate
 
     report, trusted = run_simulate(args, say=_say)
     print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())

@@ -251,8 +251,10 @@ def _require_deployed(spec: ClusterSpec, deploying: Future[None]) -> None:
         return
     from ray import serve
 
-    deployments = serve.status().applications[spec.name].deployments.values()
-    text = "\n".join([str(error), *(deployment.message for deployment in deployments)])
+    # Serve itself may not have come up, for example for a port of its proxy that is not free.
+    application = serve.status().applications.get(spec.name)
+    told_of = application.deployments.values() if application is not None else ()
+    text = "\n".join([str(error), *(deployment.message for deployment in told_of)])
     # Serve tells with its replica's traceback; what ended the start-up is an error of ours, or the last line.
     told = re.findall(r"(SpecError|EnvironmentProblem)\b[^:\n]*: (.+)", text)
     kind, detail = told[-1] if told else (type(error).__name__, text.strip().splitlines()[-1])

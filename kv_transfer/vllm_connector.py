@@ -6,11 +6,13 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
   carries tokens generated elsewhere can be handed over at any length;
 - blocks that nobody will read are released at once, by id, instead of when their lease ends;
 - the progress thread of NIXL sleeps between polls (`nixl_progress`);
+- on CPUs the thread that computes the model stays where it was, and is not bound to the machine's last core;
 - the engine's processes end with the process that started them (`orphan`).
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from cluster import vllm_api
@@ -77,7 +79,11 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
     """Worker half: one per rank."""
 
     def __init__(self, *args: Any) -> None:
+        cores = os.sched_getaffinity(0)
         super().__init__(*args)
+        # On CPUs vLLM binds this thread to the machine's last core, for the transfers; but it computes the
+        # model as well, and every engine's would be on that core.
+        os.sched_setaffinity(0, cores)
         self._done_without_reader: set[str] = set()
 
     def start_load_kv(self, metadata: PdMetadata) -> None:

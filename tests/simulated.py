@@ -10,7 +10,7 @@ from cluster.instance import Role
 from cluster.latency import Batch
 from cluster.request import NO_SLO, Slo
 from deploy.replay_report import STATUSES, Status
-from deploy.simulation_result import (
+from deploy.simulator.result import (
     FaultMark,
     InstanceUse,
     IterationSpan,

@@ -330,6 +330,14 @@ async def wait_ready(url: str, deadline_s: float) -> None:
             await asyncio.sleep(0.2)
 
 
+async def test_no_engine_is_bound_to_a_core_that_others_are_bound_to(url: str) -> None:
+    await wait_ready(url, 60)
+    rows = (await asyncio.to_thread(fetch_status, url))["instances"]
+    for row in rows:
+        for thread in Path(f"/proc/{row['pid']}/task").iterdir():
+            assert os.sched_getaffinity(int(thread.name)) == os.sched_getaffinity(0), row["instance_id"]
+
+
 async def test_a_killed_decode_instance_is_not_noticed_by_its_clients(url: str, client: Any) -> None:
     await wait_ready(url, 60)
     requests = [{"prompt": [300 + i] * 50, "max_tokens": 400} for i in range(4)]

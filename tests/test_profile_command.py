@@ -12,7 +12,7 @@ import pytest
 
 from cluster.errors import EnvironmentProblem, SpecError
 from cluster.latency import Batch, ProfiledLatency, load_profile
-from deploy.profile_command import add_profile, run_profile
+from deploy.profiler.command import add_profile, run_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("ray", "torch", "vllm", "nixl", "flashinfer", "zmq")
@@ -114,7 +114,7 @@ def test_incomplete_and_wrong_words_are_refused(words: list[str]) -> None:
 
 def test_parsing_loads_nothing_heavy() -> None:
     code = (
-        "import argparse, json, sys, deploy.profile_command as p;"
+        "import argparse, json, sys, deploy.profiler.command as p;"
         "p.add_profile(argparse.ArgumentParser().add_subparsers());"
         f"print(json.dumps([m for m in {(*HEAVY, 'aiohttp')!r} if m in sys.modules]))"
     )

@@ -12,7 +12,7 @@ from cluster.latency import Batch, DecodeCost, PrefillCost
 from cluster.sim_engine import SimEngine
 from cluster.sim_options import TwinOptions
 from cluster.spec import ClusterSpec, SimEngineSpec
-from deploy.profile_engine import (
+from deploy.profiler.engine import (
     LEAST_ROUNDS,
     EngineProbe,
     Measured,
@@ -20,8 +20,8 @@ from deploy.profile_engine import (
     make_engine,
     measure_engine,
 )
-from deploy.profile_fit import fit_costs, medians, model_of
-from deploy.profile_grid import Limits, Point
+from deploy.profiler.fit import fit_costs, medians, model_of
+from deploy.profiler.grid import Limits, Point
 from deploy.virtual_time import run_virtual
 
 PREFILL = PrefillCost(base_s=0.003, token_s=40e-6, attention_s=20e-9, request_s=50e-6)

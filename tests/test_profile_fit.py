@@ -7,9 +7,9 @@ from random import Random
 import pytest
 
 from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost
-from deploy.profile_engine import Measured
-from deploy.profile_fit import TooFewPoints, by_kind, fit_costs, medians, model_of, split, table
-from deploy.profile_grid import Point
+from deploy.profiler.engine import Measured
+from deploy.profiler.fit import TooFewPoints, by_kind, fit_costs, medians, model_of, split, table
+from deploy.profiler.grid import Point
 
 TRUE = model_of(
     (PrefillCost(base_s=0.004, token_s=50e-6, attention_s=10e-9, request_s=0.0),),

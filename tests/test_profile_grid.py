@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.profile_grid import Limits, grid, steps
+from deploy.profiler.grid import Limits, grid, steps
 
 
 @given(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cluster.latency import Batch
 from cluster.wire import TokenOutput
-from deploy.profile_iterations import IterationTracker, PromptCount
+from deploy.profiler.iterations import IterationTracker, PromptCount
 
 
 def tokens(*request_ids: str, count: int = 1) -> list[TokenOutput]:

@@ -11,7 +11,7 @@ import pytest
 from cluster.errors import SpecError
 from cluster.hardware import hardware_named
 from cluster.model_shape import named_shape
-from deploy.profile_kernels import (
+from deploy.profiler.kernels import (
     AttentionShape,
     GemmShape,
     Kernel,

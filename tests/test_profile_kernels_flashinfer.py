@@ -9,8 +9,8 @@ import pytest
 from cluster.errors import EnvironmentProblem
 from cluster.hardware import hardware_named
 from cluster.model_shape import named_shape
-from deploy.profile_kernels import kernel_grid, time_kernels
-from deploy.profile_kernels_flashinfer import CudaTimer
+from deploy.profiler.kernels import kernel_grid, time_kernels
+from deploy.profiler.kernels_flashinfer import CudaTimer
 
 
 def _gpu() -> bool:

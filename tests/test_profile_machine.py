@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deploy.profile_machine import machine, versions
+from deploy.profiler.machine import machine, versions
 
 
 def test_the_cpu_is_named_as_the_kernel_does(tmp_path: Path) -> None:

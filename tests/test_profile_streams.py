@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.latency import Batch, DecodeCost, PrefillCost
-from deploy.profile_streams import (
+from deploy.profiler.streams import (
     DecodeSegment,
     Stream,
     burst_s,

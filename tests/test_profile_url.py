@@ -14,8 +14,8 @@ import pytest
 from aiohttp import web
 
 from cluster.errors import EnvironmentProblem
-from deploy.profile_grid import Point
-from deploy.profile_url import (
+from deploy.profiler.grid import Point
+from deploy.profiler.url import (
     STEADY_TOKENS,
     PointStreams,
     ServedModel,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cluster.latency import Batch, DecodeCost, PrefillCost
-from deploy.profile_fit import TooFewPoints, model_of
-from deploy.profile_grid import Limits, Point, grid
-from deploy.profile_streams import PointStreams, Stream
-from deploy.profile_url_fit import DECODE_BESIDE, PROMPT_BESIDE, fit_streams
+from deploy.profiler.fit import TooFewPoints, model_of
+from deploy.profiler.grid import Limits, Point, grid
+from deploy.profiler.streams import PointStreams, Stream
+from deploy.profiler.url_fit import DECODE_BESIDE, PROMPT_BESIDE, fit_streams
 
 PREFILL = PrefillCost(base_s=0.003, token_s=40e-6, attention_s=20e-9, request_s=200e-6)
 DECODE = DecodeCost(base_s=0.0027, request_s=300e-6, context_s=0.3e-6)

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """\
 import argparse, sys
-from deploy.profile_command import add_profile
+from deploy.profiler.command import add_profile
 parser = argparse.ArgumentParser()
 add_profile(parser.add_subparsers())
 args = parser.parse_args(sys.argv[1:])

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import SpecError
 from cluster.latency import Batch, ProfiledLatency
-from deploy.published_profiles import distserve_profile, splitwise_profile, splitwise_rows
+from deploy.profiler.published import distserve_profile, splitwise_profile, splitwise_rows
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
 needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="no published measurements beside the checkout")

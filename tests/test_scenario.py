@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import SpecError
 from cluster.spec import parse_spec
-from deploy.scenario import QUIET, Cut, Kill, Slow, load_scenario, parse_scenario
+from deploy.simulator.scenario import QUIET, Cut, Kill, Slow, load_scenario, parse_scenario
 
 SPEC = parse_spec({"model": "m", "engine": "sim", "prefill": {"count": 1}, "decode": {"count": 2}})
 

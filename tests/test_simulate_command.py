@@ -16,7 +16,7 @@ from cluster.errors import SpecError
 from cluster.latency import LatencyProfile
 from cluster.spec import UNSPLIT, parse_spec
 from deploy.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, main
-from deploy.simulate_command import unsplit
+from deploy.simulator.command import unsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACE = "poisson:rate=20,count=40,input=100,output=10"

@@ -17,9 +17,9 @@ from cluster.instance import Role
 from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost
 from cluster.request import ServeRequest
 from cluster.spec import ClusterSpec, parse_spec
-from deploy.scenario import Scenario, parse_scenario
-from deploy.simulation import Simulation
-from deploy.simulation_result import SimulationResult
+from deploy.simulator.result import SimulationResult
+from deploy.simulator.run import Simulation
+from deploy.simulator.scenario import Scenario, parse_scenario
 from deploy.workload import WorkloadRequest
 from router.policy import Decision
 from router.view import View
@@ -191,8 +191,8 @@ def test_an_undisturbed_request_takes_the_time_of_its_iterations() -> None:
 
 def test_two_processes_write_the_same_bytes() -> None:
     story = (
-        "from tests.test_simulation import spec_of, steady; from deploy.simulation import Simulation\n"
-        "from deploy.scenario import parse_scenario\n"
+        "from tests.test_simulation import spec_of, steady; from deploy.simulator.run import Simulation\n"
+        "from deploy.simulator.scenario import parse_scenario\n"
         "spec = spec_of(prefill={'count': 3}, decode={'count': 3}, sim={'hardware': 'h100', "
         "'shape': 'opt-13b', 'max_model_len': 512})\n"
         "raw = {'cancel_share': 0.2, 'restart_s': 0.5, 'faults': [{'kill': 'decode-1', 'at_s': 1.0}]}\n"

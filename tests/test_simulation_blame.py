@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.request import Slo
-from deploy.simulation_blame import STAGES_OF, Cause, causes_of_misses, missed_bound
-from deploy.simulation_result import STAGES, SimulatedRequest
+from deploy.simulator.blame import STAGES_OF, Cause, causes_of_misses, missed_bound
+from deploy.simulator.result import STAGES, SimulatedRequest
 from tests import simulated
 from tests.simulated import CHAT, request
 

@@ -13,7 +13,7 @@ from cluster.sim_engine import KvGone, SimEngine
 from cluster.sim_options import TwinOptions
 from cluster.spec import ClusterSpec, parse_spec
 from cluster.wire import TokenRequest
-from deploy.simulation_network import SimNetwork
+from deploy.simulator.network import SimNetwork
 from deploy.virtual_time import run_virtual
 
 # Bytes per second between two nodes, and seconds until the first byte.

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 
 from cluster.instance import Role
 from cluster.request import NO_SLO
-from deploy.simulation_bars import MAX_ROWS
-from deploy.simulation_facts import Figure
-from deploy.simulation_figures import all_figures
-from deploy.simulation_page import SCRIPT, STYLE, page, write_page
-from deploy.simulation_report import SimulationReport
-from deploy.simulation_result import FaultMark, IterationSpan, SimulationResult
+from deploy.simulator.bars import MAX_ROWS
+from deploy.simulator.facts import Figure
+from deploy.simulator.figures import all_figures
+from deploy.simulator.page import SCRIPT, STYLE, page, write_page
+from deploy.simulator.report import SimulationReport
+from deploy.simulator.result import FaultMark, IterationSpan, SimulationResult
 from tests import simulated
 from tests.simulated import request, result, use
 from tests.test_simulation_report import MIXED

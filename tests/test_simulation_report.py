@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from cluster.instance import Role
 from cluster.request import NO_SLO
 from deploy.replay_report import STATUSES
-from deploy.simulation_report import SimulationReport
-from deploy.simulation_result import STAGES, FaultMark, SimulationResult
+from deploy.simulator.report import SimulationReport
+from deploy.simulator.result import STAGES, FaultMark, SimulationResult
 from tests import simulated
 from tests.simulated import CHAT, request, result, use
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.simulation_result import STAGES, IterationSpan, SimulatedRequest, SimulationResult
-from deploy.simulation_series import (
+from deploy.simulator.result import STAGES, IterationSpan, SimulatedRequest, SimulationResult
+from deploy.simulator.series import (
     MAX_BINS,
     Bins,
     Presence,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 
-from deploy.simulation_report import SimulationReport
-from deploy.simulation_result import FaultMark, SimulationResult
-from deploy.simulation_table import WIDTH, amount_of_bytes, share
+from deploy.simulator.report import SimulationReport
+from deploy.simulator.result import FaultMark, SimulationResult
+from deploy.simulator.table import WIDTH, amount_of_bytes, share
 from tests import simulated
 from tests.simulated import request, result
 from tests.test_simulation_report import REPORT

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from deploy.simulation_result import FaultMark, IterationSpan, SimulationResult
-from deploy.simulation_timeline import REQUESTS_PID, write_timeline
+from deploy.simulator.result import FaultMark, IterationSpan, SimulationResult
+from deploy.simulator.timeline import REQUESTS_PID, write_timeline
 from tests import simulated
 from tests.simulated import request, result
 

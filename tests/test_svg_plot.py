@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.svg_plot import Axis, Plot, Rows, duration, escape, shortened
+from deploy.simulator.svg_plot import Axis, Plot, Rows, duration, escape, shortened
 
 AXIS = Axis.from_zero("load", 10.0)
 

@@ -24,7 +24,7 @@ from statistics import median
 
 from cluster.latency import Batch, DecodeCost, PrefillCost
 from cluster.latency_fit import nonnegative_fit
-from deploy.profile_grid import Point
+from deploy.profiler.grid import Point
 
 # A segment shorter than this many iterations says more of the network's jitter than of the engine.
 LEAST_ITERATIONS = 8

@@ -1,4 +1,4 @@
-"""Measures a running OpenAI server from outside, by the tokens it streams; estimators: `profile_streams`."""
+"""Measures a running OpenAI server from outside, by the tokens it streams; estimators: `streams`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import aiohttp
 from pydantic import BaseModel, Field, ValidationError
 
 from cluster.errors import EnvironmentProblem
-from deploy.profile_engine import LEAST_ROUNDS, VOCABULARY
-from deploy.profile_grid import Limits, Point, grid
-from deploy.profile_streams import PointStreams, Stream
+from deploy.profiler.engine import LEAST_ROUNDS, VOCABULARY
+from deploy.profiler.grid import Limits, Point, grid
+from deploy.profiler.streams import PointStreams, Stream
 
 ANSWER_DEADLINE_S = 120.0
 STEADY_TOKENS = 48
@@ -258,7 +258,7 @@ async def measure_url(
     """Go over the grid in shuffled rounds until the time is spent; the first round is warm-up.
 
     The grid goes up to `max_prompt` tokens, by default half of the model's context. At least
-    `profile_engine.LEAST_ROUNDS` rounds are measured. Raises EnvironmentProblem, and ValueError for limits
+    `engine.LEAST_ROUNDS` rounds are measured. Raises EnvironmentProblem, and ValueError for limits
     that the model does not allow.
     """
     rng = Random(seed)

@@ -17,7 +17,7 @@ from cluster.latency import (
 )
 from cluster.latency_fit import MAX_SEGMENTS, Sample, fit_decode, fit_prefill, residuals_of
 from deploy.latency_table import milliseconds
-from deploy.profile_engine import Measured
+from deploy.profiler.engine import Measured
 
 HOLD_OUT_EVERY = 4
 # What was seen once came from a race at the edge of a point, or was disturbed, and nothing would show it.

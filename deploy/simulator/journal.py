@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import ServingError
 from cluster.latency import Batch, beyond_region
 from deploy.replay_report import Status
-from deploy.simulation_result import (
+from deploy.simulator.result import (
     STAGES,
     FaultMark,
     InstanceUse,
@@ -23,7 +23,7 @@ from deploy.workload import WorkloadRequest
 from router.hop import Hop, HopKind
 
 if TYPE_CHECKING:
-    from deploy.simulation_instances import Record, SimInstances
+    from deploy.simulator.instances import Record, SimInstances
 
 _QUEUE, _PREFILL, _TRANSFER_QUEUE, _TRANSFER, _DECODE_QUEUE, _DECODE = range(len(STAGES))
 ANY = SloClass(name="all")
@@ -160,7 +160,7 @@ class Journal:
         if len(self._done) == len(self._requests):
             self.all_ended.set()
 
-    # --- deploy.simulation_instances.HopWatcher
+    # --- deploy.simulator.instances.HopWatcher
 
     def sent(self, hop: Hop, now_s: float) -> None:
         track = self._tracks[hop.request.request_id]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deploy.simulation_groups import RequestGroup
-from deploy.simulation_report import SimulationReport
-from deploy.simulation_result import SimulatedRequest, SimulationResult
-from deploy.simulation_series import Bins
-from deploy.svg_plot import Axis, Plot, Rows
+from deploy.simulator.groups import RequestGroup
+from deploy.simulator.report import SimulationReport
+from deploy.simulator.result import SimulatedRequest, SimulationResult
+from deploy.simulator.series import Bins
+from deploy.simulator.svg_plot import Axis, Plot, Rows
 
 MAX_CLASSES = 6  # as many as there are colours that are easily told apart
 MAX_MARKS = 8

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from cluster.errors import EnvironmentProblem
-from deploy.profile_kernels import AttentionShape, GemmShape, Kernel
+from deploy.profiler.kernels import AttentionShape, GemmShape, Kernel
 
 PAGE_TOKENS = 16
 # As in vLLM 0.32 (VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE), whose use of the wrappers this follows.
@@ -22,7 +22,7 @@ FLUSH_BYTES = 256 << 20
 
 
 class CudaTimer:
-    """Runs a kernel on the first GPU of this process (`profile_kernels.KernelTimer`)."""
+    """Runs a kernel on the first GPU of this process (`kernels.KernelTimer`)."""
 
     def __init__(self) -> None:
         """Raises EnvironmentProblem without a GPU or without FlashInfer."""

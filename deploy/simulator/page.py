@@ -6,16 +6,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from deploy.latency_table import Distribution, milliseconds
-from deploy.simulation_facts import Figure
-from deploy.simulation_figures import all_figures
-from deploy.simulation_groups import RequestGroup
-from deploy.simulation_report import SimulationReport
-from deploy.simulation_result import STAGES, SimulationResult
-from deploy.simulation_table import amount_of_bytes, share, slo_bound
-from deploy.svg_plot import escape
+from deploy.simulator.facts import Figure
+from deploy.simulator.figures import all_figures
+from deploy.simulator.groups import RequestGroup
+from deploy.simulator.report import SimulationReport
+from deploy.simulator.result import STAGES, SimulationResult
+from deploy.simulator.svg_plot import escape
+from deploy.simulator.table import amount_of_bytes, share, slo_bound
 
-STYLE = Path(__file__).with_name("simulation_page.css")
-SCRIPT = Path(__file__).with_name("simulation_page.js")
+STYLE = Path(__file__).with_name("page.css")
+SCRIPT = Path(__file__).with_name("page.js")
 MAX_FAULTS = 100
 AREA_KEY = '<i class="{}"></i>'
 LINE_KEY = '<svg class="key" viewBox="0 0 30 10"><line class="line {}" x1="0" x2="30" y1="5" y2="5"/></svg>'

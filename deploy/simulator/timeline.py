@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deploy.simulation_result import STAGES, IterationSpan, SimulatedRequest, SimulationResult
+from deploy.simulator.result import STAGES, IterationSpan, SimulatedRequest, SimulationResult
 
 MAX_REQUESTS = 2000
 REQUESTS_PID = 0

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from deploy.simulation_result import STAGES, IterationSpan, SimulatedRequest, SimulationResult
+from deploy.simulator.result import STAGES, IterationSpan, SimulatedRequest, SimulationResult
 
 MAX_BINS = 120
 MIN_REQUESTS_PER_BIN = 25  # fewer, and a curve of attainment shows mostly chance

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from deploy.simulation_bars import causes_figure, instances_figure, kv_figure, stages_figure
-from deploy.simulation_blame import Bound
-from deploy.simulation_facts import Facts, Figure, words
-from deploy.simulation_groups import RequestGroup
-from deploy.simulation_report import SimulationReport
-from deploy.simulation_result import SimulatedRequest, SimulationResult
-from deploy.simulation_series import (
+from deploy.simulator.bars import causes_figure, instances_figure, kv_figure, stages_figure
+from deploy.simulator.blame import Bound
+from deploy.simulator.facts import Facts, Figure, words
+from deploy.simulator.groups import RequestGroup
+from deploy.simulator.report import SimulationReport
+from deploy.simulator.result import SimulatedRequest, SimulationResult
+from deploy.simulator.series import (
     Bins,
     arrival_rates,
     attainment_over_time,
     cumulative,
     requests_in_stages,
 )
-from deploy.simulation_table import share
-from deploy.svg_plot import Axis, Plot, duration
+from deploy.simulator.svg_plot import Axis, Plot, duration
+from deploy.simulator.table import share
 
 
 def all_figures(result: SimulationResult, report: SimulationReport) -> list[Figure]:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 from cluster.errors import SpecError
 from cluster.hardware import Hardware
 from cluster.model_shape import ModelShape
-from deploy.profile_grid import steps
+from deploy.profiler.grid import steps
 
 KERNELS_FORMAT = 1
 KernelName = Literal["gemm", "prefill_attention", "decode_attention"]
@@ -84,7 +84,7 @@ class KernelTime:
 
 
 class KernelTimer(Protocol):
-    """Runs kernels on a GPU (`profile_kernels_flashinfer.CudaTimer`), or knows their times (a test)."""
+    """Runs kernels on a GPU (`kernels_flashinfer.CudaTimer`), or knows their times (a test)."""
 
     @property
     def versions(self) -> dict[str, str]:

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from cluster.instance import Role
 from cluster.request import Slo
 from deploy.replay_report import MAX_ERRORS_SHOWN
-from deploy.simulation_blame import Cause, causes_of_misses
-from deploy.simulation_groups import PoolUse, RequestGroup, ratio
-from deploy.simulation_result import FaultMark, InstanceUse, SimulatedRequest, SimulationResult
-from deploy.simulation_table import report_lines
+from deploy.simulator.blame import Cause, causes_of_misses
+from deploy.simulator.groups import PoolUse, RequestGroup, ratio
+from deploy.simulator.result import FaultMark, InstanceUse, SimulatedRequest, SimulationResult
+from deploy.simulator.table import report_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class SimulationReport:
 
     Attributes:
         gpus: held by the instances, also while they start or are gone: what one pays for.
-        causes: why SLOs were missed (`deploy.simulation_blame` has the rule), the most frequent first.
+        causes: why SLOs were missed (`deploy.simulator.blame` has the rule), the most frequent first.
         errors: (text, count), the most frequent first.
         moved_requests: requests that had to change engines because one failed them.
         wall_s, events: what the simulation itself cost; the only fields that differ between equal runs.

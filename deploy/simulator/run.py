@@ -23,10 +23,10 @@ from cluster.request import ServeRequest
 from cluster.spec import ClusterSpec
 from cluster.wire import TokenOutput
 from deploy.controller import Controller
-from deploy.scenario import QUIET, Cut, Kill, Scenario, Slow
-from deploy.simulation_instances import SimInstances
-from deploy.simulation_journal import Journal
-from deploy.simulation_result import SimulationResult
+from deploy.simulator.instances import SimInstances
+from deploy.simulator.journal import Journal
+from deploy.simulator.result import SimulationResult
+from deploy.simulator.scenario import QUIET, Cut, Kill, Scenario, Slow
 from deploy.slo_classes import SloClass
 from deploy.virtual_time import VirtualTimeLoop, run_virtual
 from deploy.workload import WorkloadRequest, fast_prompt_tokens

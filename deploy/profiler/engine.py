@@ -16,8 +16,8 @@ from cluster.errors import EnvironmentProblem
 from cluster.instance import EngineFacts, Role
 from cluster.latency import Batch
 from cluster.spec import ClusterSpec
-from deploy.profile_grid import DECODE_HEADROOM_TOKENS, Limits, Point, grid
-from deploy.profile_iterations import Iteration, IterationTracker, PromptCount
+from deploy.profiler.grid import DECODE_HEADROOM_TOKENS, Limits, Point, grid
+from deploy.profiler.iterations import Iteration, IterationTracker, PromptCount
 
 OUTPUT_DEADLINE_S = 120.0
 DECODE_STEPS = 24

@@ -8,9 +8,9 @@ from statistics import median
 
 from cluster.latency import Batch
 from cluster.latency_fit import Sample, summarise
-from deploy.profile_engine import Measured
-from deploy.profile_fit import Fit, fit_costs, medians, model_of
-from deploy.profile_streams import (
+from deploy.profiler.engine import Measured
+from deploy.profiler.fit import Fit, fit_costs, medians, model_of
+from deploy.profiler.streams import (
     PointStreams,
     burst_s,
     decode_segments,
@@ -44,7 +44,7 @@ class UrlFit:
 
 
 def fit_streams(visits: Sequence[PointStreams]) -> UrlFit:
-    """Raises `profile_fit.TooFewPoints`."""
+    """Raises `fit.TooFewPoints`."""
     alone: list[Measured] = []
     beside: list[Measured] = []
     for visit in visits:

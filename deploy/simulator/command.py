@@ -13,8 +13,8 @@ from deploy.workload_options import TRACE_HELP, add_workload_options, workload_f
 
 if TYPE_CHECKING:  # made by every command, most of which simulate nothing
     from cluster.spec import ClusterSpec
-    from deploy.simulation_report import SimulationReport
-    from deploy.simulation_result import SimulationResult
+    from deploy.simulator.report import SimulationReport
+    from deploy.simulator.result import SimulationResult
 
 UNSPLIT_KINDS = ("chunked", "whole")
 
@@ -53,9 +53,9 @@ def run_simulate(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[
     Raises ValueError, SpecError for input that can't be used.
     """
     from cluster.spec import load_spec
-    from deploy.scenario import QUIET, load_scenario
-    from deploy.simulation import Simulation
-    from deploy.simulation_report import SimulationReport
+    from deploy.simulator.report import SimulationReport
+    from deploy.simulator.run import Simulation
+    from deploy.simulator.scenario import QUIET, load_scenario
     from deploy.slo_classes import assign_slo_classes, parse_slo
 
     spec = load_spec(args.spec)
@@ -116,12 +116,12 @@ def unsplit(spec: ClusterSpec, *, chunked: bool) -> ClusterSpec:
 
 def _write(result: SimulationResult, args: argparse.Namespace, say: Callable[[str], None]) -> None:
     if args.timeline is not None:
-        from deploy.simulation_timeline import write_timeline
+        from deploy.simulator.timeline import write_timeline
 
         write_timeline(result, args.timeline)
         say(f"wrote {args.timeline}: open it at ui.perfetto.dev or in chrome://tracing")
     if args.html is not None:
-        from deploy.simulation_page import write_page
+        from deploy.simulator.page import write_page
 
         write_page(result, args.html)
         say(f"wrote {args.html}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from deploy.simulation_blame import STAGES_OF, Bound
-from deploy.simulation_facts import Facts, Figure, words
-from deploy.simulation_report import SimulationReport
-from deploy.simulation_result import STAGES, InstanceUse, SimulatedRequest
-from deploy.simulation_series import Bins, computing
-from deploy.simulation_table import cause_text, share
-from deploy.svg_plot import WIDE, Axis, Rows, duration
+from deploy.simulator.blame import STAGES_OF, Bound
+from deploy.simulator.facts import Facts, Figure, words
+from deploy.simulator.report import SimulationReport
+from deploy.simulator.result import STAGES, InstanceUse, SimulatedRequest
+from deploy.simulator.series import Bins, computing
+from deploy.simulator.svg_plot import WIDE, Axis, Rows, duration
+from deploy.simulator.table import cause_text, share
 
 MAX_ROWS = 48
 BARS_IN_ALL = 12_000

@@ -16,8 +16,8 @@ from cluster.spec import ClusterSpec
 from cluster.wire import TokenOutput, TokenRequest
 from cluster.worker import Ready
 from decode_worker.phase import phase_options as decode_options
-from deploy.scenario import Scenario
-from deploy.simulation_network import SimNetwork
+from deploy.simulator.network import SimNetwork
+from deploy.simulator.scenario import Scenario
 from prefill_worker.phase import phase_options as prefill_options
 from router.hop import Hop, HopKind
 from router.router import Router

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from deploy.latency_table import latency_lines, milliseconds
 from deploy.replay_report import MAX_ERRORS_SHOWN
-from deploy.simulation_blame import Cause
-from deploy.simulation_groups import PoolUse, RequestGroup
-from deploy.simulation_result import STAGES
+from deploy.simulator.blame import Cause
+from deploy.simulator.groups import PoolUse, RequestGroup
+from deploy.simulator.result import STAGES
 
 if TYPE_CHECKING:
-    from deploy.simulation_report import SimulationReport
+    from deploy.simulator.report import SimulationReport
 
 WIDTH = 100
 MAX_CAUSES_SHOWN = 3

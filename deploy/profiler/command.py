@@ -111,9 +111,9 @@ def _check_writable(path: Path) -> None:
 
 def _of_spec(args: argparse.Namespace) -> tuple[LatencyProfile, str]:
     from cluster.spec import load_spec
-    from deploy.profile_engine import engine_limits, make_engine, measure_engine
-    from deploy.profile_fit import fit_costs, medians, table
-    from deploy.profile_machine import machine, versions
+    from deploy.profiler.engine import engine_limits, make_engine, measure_engine
+    from deploy.profiler.fit import fit_costs, medians, table
+    from deploy.profiler.machine import machine, versions
 
     spec = load_spec(args.spec, {} if args.model is None else {"model": args.model})
     role = Role(args.role or Role.DECODE)
@@ -154,10 +154,10 @@ def _of_spec(args: argparse.Namespace) -> tuple[LatencyProfile, str]:
 
 
 def _of_url(args: argparse.Namespace) -> tuple[LatencyProfile, str]:
-    from deploy.profile_fit import table
-    from deploy.profile_machine import machine, versions
-    from deploy.profile_url import measure_url
-    from deploy.profile_url_fit import fit_streams
+    from deploy.profiler.fit import table
+    from deploy.profiler.machine import machine, versions
+    from deploy.profiler.url import measure_url
+    from deploy.profiler.url_fit import fit_streams
 
     url = args.url.rstrip("/").removesuffix("/v1")
     served, visits = asyncio.run(
@@ -204,8 +204,8 @@ def _kernels(args: argparse.Namespace) -> str:
         )
     from cluster.hardware import hardware_named
     from cluster.model_shape import shape_of
-    from deploy.profile_kernels import kernel_grid, kernels_table, save_kernels, time_kernels
-    from deploy.profile_kernels_flashinfer import CudaTimer
+    from deploy.profiler.kernels import kernel_grid, kernels_table, save_kernels, time_kernels
+    from deploy.profiler.kernels_flashinfer import CudaTimer
 
     shape, hardware = shape_of(args.shape), hardware_named(args.hardware)
     kernels = kernel_grid(

@@ -11,7 +11,7 @@ from cluster.instance import Role
 from cluster.request import Slo
 from deploy.latency_table import Distribution, latencies_to_json, slo_to_json
 from deploy.replay_report import STATUSES, Status
-from deploy.simulation_result import STAGES, InstanceUse, SimulatedRequest
+from deploy.simulator.result import STAGES, InstanceUse, SimulatedRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

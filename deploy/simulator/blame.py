@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.request import Slo
-from deploy.simulation_result import STAGES, SimulatedRequest
+from deploy.simulator.result import STAGES, SimulatedRequest
 from deploy.workload import percentile
 
 Bound = Literal["ttft", "tpot", "answer"]

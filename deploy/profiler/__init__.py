@@ -1,0 +1,1 @@
+"""Measures engines, servers and kernels into latency profiles."""

@@ -183,11 +183,12 @@ class BlockPool:
         self._plain += count
         while count:
             release, blocks = released[0]
-            while blocks and count:
-                block = blocks.pop()
-                if known.get(block) == -release:
-                    del known[block]
-                    count -= 1
+            last = blocks[-count:]
+            del blocks[-count:]
+            gone = [block for block in last if known.get(block) == -release]
+            for block in gone:
+                del known[block]
+            count -= len(gone)
             if not blocks:
                 released.popleft()
 

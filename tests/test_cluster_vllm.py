@@ -334,8 +334,8 @@ async def test_no_engine_is_bound_to_a_core_that_others_are_bound_to(url: str) -
     await wait_ready(url, 60)
     rows = (await asyncio.to_thread(fetch_status, url))["instances"]
     for row in rows:
-        for thread in Path(f"/proc/{row['pid']}/task").iterdir():
-            assert os.sched_getaffinity(int(thread.name)) == os.sched_getaffinity(0), row["instance_id"]
+        for thread in os.listdir(f"/proc/{row['pid']}/task"):
+            assert os.sched_getaffinity(int(thread)) == os.sched_getaffinity(0), row["instance_id"]
 
 
 async def test_a_killed_decode_instance_is_not_noticed_by_its_clients(url: str, client: Any) -> None:

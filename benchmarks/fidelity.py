@@ -187,10 +187,10 @@ def row(rate: float, pairs: list[Pair], slo: Slo) -> str:
     shares = [attainment(pair, slo) for pair in pairs]
     live_share, simulated_share = (statistics.fmean(share) for share in zip(*shares, strict=True))
     cells += [f"{live_share:.1%}", f"{simulated_share:.1%}", f"{(simulated_share - live_share) * 100:+.1f}"]
-    busy = [
-        sum(use.busy_s for use in pair.simulated.instances) / 2 / pair.simulated.duration_s for pair in pairs
-    ]
-    return "| " + " | ".join([*cells, f"{statistics.fmean(busy):.0%}"]) + " |"
+    for instance in (0, 1):
+        busy = [p.simulated.instances[instance].busy_s / p.simulated.duration_s for p in pairs]
+        cells.append(f"{statistics.fmean(busy):.0%}")
+    return "| " + " | ".join(cells) + " |"
 
 
 COLUMNS = (

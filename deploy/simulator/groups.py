@@ -89,7 +89,8 @@ class PoolUse:
 
     Attributes:
         present_gpu_s, busy_gpu_s: seconds times GPUs that the instances were READY or DRAINING, and computed.
-        prefix_hit_share: prompt tokens found in a prefix cache, of those found or computed; None without any.
+        prefix_hit_share: prompt tokens found in a prefix cache, of those found or computed; None where
+            none was computed, as in a decode pool that reads the rest.
         kv_peak: the highest of any instance; kv_mean: averaged over the presence of all.
         decode_batch: decode tokens per iteration, over all iterations; None for a pool that decoded nothing.
         starts: lives that the instances had.
@@ -128,7 +129,7 @@ class PoolUse:
             prefill_tokens=prefill_tokens,
             decode_tokens=decode_tokens,
             prefix_hit_tokens=hit_tokens,
-            prefix_hit_share=ratio(hit_tokens, hit_tokens + prefill_tokens),
+            prefix_hit_share=ratio(hit_tokens, hit_tokens + prefill_tokens) if prefill_tokens else None,
             preemptions=sum(use.preemptions for use in uses),
             kv_peak=max((use.kv_peak for use in uses), default=0.0),
             kv_mean=ratio(math.fsum(use.kv_mean * use.present_s for use in uses), present_s) or 0.0,

@@ -116,17 +116,22 @@ spans = st.builds(
     _time_s,
     st.sampled_from(["prefill", "decode", "mixed"]),
 )
-uses = st.builds(
-    use,
-    st.sampled_from(Role),
-    st.integers(min_value=0, max_value=2),
-    present_s=_time_s,
-    busy_s=_time_s,
-    kv_peak=_share,
-    kv_mean=_share,
-    decode_tokens=st.integers(min_value=0, max_value=100),
-    iterations=st.integers(min_value=0, max_value=100),
-)
+
+
+@st.composite
+def uses(draw: st.DrawFn) -> InstanceUse:
+    """An instance; none computes for longer than it is there."""
+    present_s = draw(_time_s)
+    return use(
+        draw(st.sampled_from(Role)),
+        draw(st.integers(min_value=0, max_value=2)),
+        present_s=present_s,
+        busy_s=present_s * draw(_share),
+        kv_peak=draw(_share),
+        kv_mean=draw(_share),
+        decode_tokens=draw(st.integers(min_value=0, max_value=100)),
+        iterations=draw(st.integers(min_value=0, max_value=100)),
+    )
 
 
 @st.composite
@@ -137,7 +142,7 @@ def results(draw: st.DrawFn) -> SimulationResult:
         *found,
         name=draw(_names),
         duration_s=draw(st.sampled_from([0.0, 1e-3, 250.0])),
-        instances=tuple(draw(st.lists(uses, max_size=4))),
+        instances=tuple(draw(st.lists(uses(), max_size=4))),
         spans=tuple(draw(st.lists(spans, max_size=12))),
         faults=tuple(FaultMark(at_s, "x < y & z") for at_s in draw(st.lists(_time_s, max_size=2))),
         warnings=tuple(draw(st.lists(_names, max_size=2))),

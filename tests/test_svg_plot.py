@@ -7,7 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deploy.simulator.svg_plot import Axis, Plot, Rows, duration, escape, shortened
@@ -77,6 +77,7 @@ def test_logarithmic_axes_end_at_round_values_around_all() -> None:
 
 @settings(deadline=None)
 @given(st.floats(min_value=1e-6, max_value=1e9), st.sampled_from(["count", "share", "seconds"]))
+@example(9001.0, "seconds")  # rounded up it is written in hours, not minutes
 def test_ticks_are_few_and_inside(highest: float, unit: str) -> None:
     axis = Axis.from_zero("x", highest, unit)  # type: ignore[arg-type]
     ticks = [value for value, _ in axis.ticks()]

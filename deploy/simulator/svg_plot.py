@@ -56,7 +56,9 @@ class Axis:
         highest = highest if highest > 0 else 1.0
         scale = cls(label=label, low=0.0, high=highest, unit=unit).scale
         step = _step(highest / scale, 5) * scale
-        return cls(label=label, low=0.0, high=math.ceil(highest / step * (1 - 1e-9)) * step, unit=unit)
+        axis = cls(label=label, low=0.0, high=math.ceil(highest / step * (1 - 1e-9)) * step, unit=unit)
+        # Rounded up, it may be written in a larger unit, in which it is no tick.
+        return axis if axis.scale == scale else cls.from_zero(label, axis.high, unit)
 
     @classmethod
     def logarithmic(cls, label: str, values: Iterable[float]) -> Axis:

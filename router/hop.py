@@ -48,15 +48,21 @@ class Hop:
         is_last: whether its last output ended the request.
         engine_ended: whether the engine said it ended; one that timed out may still be running there.
         stats: the engine's prefill statistics, known when it has started.
-        started, ended: resolved with the first and the last output, or with the error that ended it.
+        has_started: whether the engine gave a first output; a decode has then read its blocks.
+        has_ended: whether it gave its last output, or an error ended it.
     """
 
     __slots__ = (
+        "_error",
+        "_overdue_after_s",
+        "_timer",
+        "_waiter",
         "deliver",
-        "ended",
         "engine_ended",
         "generated",
         "handle",
+        "has_ended",
+        "has_started",
         "hop_id",
         "instance_id",
         "is_first",
@@ -67,7 +73,6 @@ class Hop:
         "prompt_token_ids",
         "request",
         "source",
-        "started",
         "stats",
         "swallow",
     )
@@ -102,14 +107,12 @@ class Hop:
         self.engine_ended = False
         self.stats: Any = None
         self.progress_s = 0.0
-        loop = asyncio.get_running_loop()
-        self.started: asyncio.Future[None] = loop.create_future()
-        self.ended: asyncio.Future[None] = loop.create_future()
-
-    @property
-    def has_started(self) -> bool:
-        """Whether the engine gave a first output; a decode has then read its blocks."""
-        return self.started.done() and self.started.exception() is None
+        self.has_started = False
+        self.has_ended = False
+        self._error: ServingError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._overdue_after_s = 0.0
 
     @property
     def kv_params(self) -> Mapping[str, Any] | None:
@@ -122,19 +125,34 @@ class Hop:
         """Whether it can't go on without that instance."""
         if self.instance_id == instance_id:
             return True
-        return self.source is not None and self.source.instance_id == instance_id and not self.started.done()
+        return self.source is not None and self.source.instance_id == instance_id and not self.has_started
 
     def fail(self, error: ServingError) -> None:
         """End it with an error, unless it has ended."""
-        for future in (self.started, self.ended):
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # mark as seen: a hop nobody waits for may fail
+        if not self.has_ended:
+            self._error = error
+            self.has_ended = True
+            self._wake()
+
+    async def until_started(self, deadline_s: float) -> None:
+        """Wait for the first output, at most so long after the last progress. Raises TimeoutError, and the
+        error that ended it."""
+        if not (self.has_started or self.has_ended):
+            await self._news(deadline_s)
+        if not self.has_started and self._error is not None:
+            raise self._error
+
+    async def until_ended(self, stall_s: float) -> None:
+        """Wait for the last output, at most so long for each. Raises as `until_started`."""
+        if not self.has_ended:
+            await self._news(stall_s)
+        if self._error is not None:
+            raise self._error
 
     def receive(self, output: EngineOutput, now_s: float) -> EngineOutput | None:
         """Take one output of the engine; returns it rewritten for the client, or None if none of it is
         for the client."""
-        if self.ended.done():
+        if self.has_ended:
             return None
         self.progress_s = now_s
         finish = output.finish_reason
@@ -142,16 +160,47 @@ class Hop:
         if finish in (FINISH_ERROR, FINISH_ABORT):
             self.fail(self._failure(finish))
             return None
-        if not self.started.done():
+        if not self.has_started:
             self.stats = output.prefill_stats
-            self.started.set_result(None)
+            self.has_started = True
+            self._wake()
         if finish is not None and self.kind is HopKind.PREFILL:
             self.handle = handle_of(output.kv_transfer_params)
         self.is_last = finish is not None and not (self.kind is HopKind.PREFILL and finish == FINISH_LENGTH)
         forward = self._for_client(output) if self.deliver else None
-        if finish is not None and not self.ended.done():
-            self.ended.set_result(None)
+        if finish is not None and not self.has_ended:
+            self.has_ended = True
+            self._wake()
         return forward
+
+    # A wait is one future and one timer: `asyncio.timeout` around a shielded future would be two futures, a
+    # callback between them and a timer for every wait, and every request waits four times.
+
+    async def _news(self, deadline_s: float) -> None:
+        """Wait until it starts or ends."""
+        loop = asyncio.get_running_loop()
+        self._overdue_after_s = deadline_s
+        self._waiter = loop.create_future()
+        self._timer = loop.call_at(self.progress_s + deadline_s, self._expire)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _expire(self) -> None:
+        if self._waiter is None or self._waiter.done():
+            return
+        loop = asyncio.get_running_loop()
+        due_s = self.progress_s + self._overdue_after_s
+        if loop.time() < due_s:  # there was progress since
+            self._timer = loop.call_at(due_s, self._expire)
+        else:
+            self._waiter.set_exception(TimeoutError())
 
     def _failure(self, finish: Any) -> ServingError:
         return EngineFailure(

@@ -183,31 +183,21 @@ class Run:
 
     async def _started(self, hop: Hop, deadline_s: float) -> None:
         try:
-            async with asyncio.timeout(deadline_s):
-                await asyncio.shield(hop.started)
+            await hop.until_started(deadline_s)
         except TimeoutError:
-            raise StageTimeout(
-                stage=self.stage.value, instance=hop.instance_id, deadline_s=deadline_s
-            ) from None
+            raise self._timeout(hop, deadline_s) from None
         if self.timeline.first_token_s is None and self.generated:
             self.timeline.first_token_s = self._now()
 
     async def _ended(self, hop: Hop) -> None:
-        """Wait for the end; the deadline is for the next token, and starts anew with each."""
         stall_s = self._router.deadlines.stall_s
-        if hop.ended.done():  # a prefill starts and ends with one output
-            hop.ended.result()
-            return
-        while True:
-            try:
-                async with asyncio.timeout_at(hop.progress_s + stall_s):
-                    await asyncio.shield(hop.ended)
-                    return
-            except TimeoutError:
-                if self._now() >= hop.progress_s + stall_s:
-                    raise StageTimeout(
-                        stage=self.stage.value, instance=hop.instance_id, deadline_s=stall_s
-                    ) from None
+        try:
+            await hop.until_ended(stall_s)
+        except TimeoutError:
+            raise self._timeout(hop, stall_s) from None
+
+    def _timeout(self, hop: Hop, deadline_s: float) -> StageTimeout:
+        return StageTimeout(stage=self.stage.value, instance=hop.instance_id, deadline_s=deadline_s)
 
     def _observe(self, stage: Stage, since_s: float | None) -> None:
         assert since_s is not None

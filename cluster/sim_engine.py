@@ -1,16 +1,14 @@
 """The twin engine: behaves like vLLM towards its host, in time and memory, and computes no model.
 
 `sim_scheduler` decides its iterations, a latency model says how long they take, the running loop's clock,
-real or virtual, is what passes. Its tokens are a function of the sequence so far, as a real model's greedy
-tokens are, so a request that is handed over, moved or replayed must go on with the same tokens or a test
-sees it.
+real or virtual, is what passes. Each of its tokens follows from the one before, as a real model's greedy
+tokens follow from the sequence so far: a request that is handed over, moved or replayed must go on with the
+same tokens, or a test sees it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import zlib
-from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -30,24 +28,22 @@ from cluster.sim_scheduler import Chunk, Scheduler, Sequence, Step
 from cluster.spec import ClusterSpec
 from cluster.wire import Load, PrefillCounts, StepOutputs, TokenOutput, TokenRequest
 
-SIM_ENGINE_NAME = "sim 2"
+SIM_ENGINE_NAME = "sim 3"
 _VOCABULARY = range(100, 4000)
-_TOKEN_BYTES = [token.to_bytes(8, "little") for token in _VOCABULARY]
-SEQUENCE_START = 0
+_TWO_CYCLES = [*_VOCABULARY, *_VOCABULARY]
 # A process that is later than this was stopped, not slow, and its engine with it.
 _MOST_LATE_S = 0.1
 # Iterations that only decode are run ahead at most so far; more would be thrown away when a request arrives.
 _MOST_STEPS_AHEAD = 256
 
 
-def next_token(state: int) -> int:
-    """The token that follows a sequence with this hash."""
-    return _VOCABULARY[state % len(_VOCABULARY)]
-
-
-def extend(state: int, tokens: list[int]) -> int:
-    """Hash of a sequence after more tokens (CRC-32 over token ids of 64 bits)."""
-    return zlib.crc32(array("Q", tokens).tobytes(), state)
+def tokens_after(token: int, count: int) -> list[int]:
+    """The tokens that follow one: the next of the vocabulary, and so on, around its end."""
+    size = len(_VOCABULARY)
+    start = (token + 1 - _VOCABULARY.start) % size
+    if count <= size:
+        return _TWO_CYCLES[start : start + count]
+    return [_VOCABULARY[(start + ahead) % size] for ahead in range(count)]
 
 
 class KvGone(ServingError):
@@ -181,6 +177,7 @@ class SimEngine:
         self._ahead = _MOST_STEPS_AHEAD
         self._counted_s = 0.0
         self._waker: asyncio.Future[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
         self.slowdown = 1.0
         self.counters = Counters()
 
@@ -235,7 +232,7 @@ class SimEngine:
             keeps=bool(transfer.get("do_remote_decode")) and self._exchange is not None,
             hands_over=bool(transfer.get("do_remote_decode")),
             remote=transfer if transfer.get("do_remote_prefill") else None,
-            hash_state=extend(SEQUENCE_START, request.prompt_token_ids),
+            last_token=request.prompt_token_ids[-1] if request.prompt_token_ids else 0,
         )
         if self._flights:
             self._catch_up(asyncio.get_running_loop().time())
@@ -458,15 +455,18 @@ class SimEngine:
     def _has_changed(self) -> None:
         """Something is to be decided anew: of the iterations decided ahead, only the one that runs stays."""
         flights = self._flights
-        cut = len(flights) < len(self._stage_free_s)
         if self._quiet_s and flights:
-            self._settle(asyncio.get_running_loop().time())
+            loop = asyncio.get_running_loop()
+            self._settle(loop.time())
             for flight in flights:
                 if flight.ended + 1 < len(flight.ends):
                     del flight.ends[flight.ended + 1 :]
                     self._stage_free_s[0] = flight.ends[-1]
-                    cut = True
-        if cut or not flights:
+                    if self._alarm is not None:
+                        # Nothing can be decided before that iteration ends: sleep until then, no longer.
+                        self._alarm.cancel()
+                        self._alarm = loop.call_at(flight.ends[-1], self._wake)
+        if len(flights) < len(self._stage_free_s):
             self._wake()
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -485,13 +485,15 @@ class SimEngine:
                 await asyncio.sleep(0)
                 return
         self._waker = loop.create_future()
-        timer = None if wake_s is None else loop.call_at(wake_s, self._wake)
+        if wake_s is not None:
+            self._alarm = loop.call_at(wake_s, self._wake)
         try:
             await self._waker
         finally:
             self._waker = None
-            if timer is not None:
-                timer.cancel()
+            if self._alarm is not None:
+                self._alarm.cancel()
+                self._alarm = None
 
     def _wake(self) -> None:
         if self._waker is not None and not self._waker.done():
@@ -591,14 +593,8 @@ class SimEngine:
 
     @staticmethod
     def _tokens(sequence: Sequence) -> list[int]:
-        state, crc32, encoded, size = sequence.hash_state, zlib.crc32, _TOKEN_BYTES, len(_TOKEN_BYTES)
-        first = _VOCABULARY.start
-        tokens = []
-        for _ in range(sequence.generated - sequence.told):
-            index = state % size
-            tokens.append(first + index)
-            state = crc32(encoded[index], state)
-        sequence.hash_state = state
+        tokens = tokens_after(sequence.last_token, sequence.generated - sequence.told)
+        sequence.last_token = tokens[-1]
         sequence.told = sequence.generated
         return tokens
 

@@ -41,7 +41,7 @@ class Sequence:
         preempted: how often it was; chunks of earlier lives are void.
         admitted: number of its last admission, or of its taking blocks for what is to be read.
         lane: pipeline lane in which it decodes.
-        hash_state: hash of the prompt and the tokens told.
+        last_token: of the prompt, or of the tokens told.
         told, told_s: output tokens that went out, and when the last ones did.
         first_chunk_s, last_chunk_tokens: when the first part of the prompt was computed, and how long the
             last one is.
@@ -65,7 +65,7 @@ class Sequence:
     lane: int = 0
     joined_step: int = 0
     end_step: int = 0
-    hash_state: int = 0
+    last_token: int = 0
     told: int = 0
     told_s: float = 0.0
     first_chunk_s: float = math.inf
@@ -290,6 +290,8 @@ class Scheduler:
         return [chunk for chunk in chunks if chunk.preempted == chunk.sequence.preempted]
 
     def _admit(self, budget: int, chunks: list[Chunk], to_read: list[Sequence]) -> None:
+        if not self.loaded_waiting and not self.waiting:
+            return
         running = self.running
         while budget > 0 and running < self.options.max_num_seqs:
             if not self.loaded_waiting and not self.waiting:

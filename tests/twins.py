@@ -1,6 +1,6 @@
 """Twin instances for tests of the router: links without a network, engines without a model.
 
-Tokens follow `cluster.sim_engine`: a function of the sequence so far, so a wrong hand-over shows.
+Tokens follow `cluster.sim_engine`: each from the one before, so a wrong hand-over shows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cluster.errors import ServingError
 from cluster.instance import EngineFacts, Fingerprint, InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import Handoff, ServeRequest
-from cluster.sim_engine import SEQUENCE_START, extend, next_token
+from cluster.sim_engine import tokens_after
 from cluster.spec import DeadlineSpec
 from cluster.wire import FINISH_LENGTH, PrefillCounts, TokenOutput
 from router.hop import Hop, HopKind
@@ -23,7 +23,7 @@ from router.policy import LeastTokens
 from router.router import Router
 
 FACTS = EngineFacts(
-    fingerprint=Fingerprint(engine="sim 1", model="m", dtype="none", kv_dtype="none", block_size_tokens=16),
+    fingerprint=Fingerprint(engine="sim 3", model="m", dtype="none", kv_dtype="none", block_size_tokens=16),
     max_model_len=4096,
     kv_capacity_tokens=65536,
     kv_bytes_per_token=2048,
@@ -33,11 +33,7 @@ FACTS = EngineFacts(
 
 def expected_tokens(prompt: list[int], count: int) -> list[int]:
     """What an undisturbed engine generates."""
-    state, tokens = extend(SEQUENCE_START, prompt), []
-    for _ in range(count):
-        tokens.append(next_token(state))
-        state = extend(state, tokens[-1:])
-    return tokens
+    return tokens_after(prompt[-1], count)
 
 
 def info_of(instance_id: str, index: int = 0, incarnation: str = "1") -> InstanceInfo:
@@ -101,7 +97,7 @@ class TwinInstance:
 
     async def _run(self, hop: Hop) -> None:
         await asyncio.sleep(0)
-        state = extend(SEQUENCE_START, hop.prompt_token_ids)
+        last = hop.prompt_token_ids[-1]
         read = local = 0
         given = hop.source is not None and hop.source.handle is not None
         if given and self.has_them:
@@ -112,8 +108,8 @@ class TwinInstance:
         for position in range(hop.max_tokens):
             if position >= self.stalls_at:
                 await asyncio.Event().wait()
-            token = next_token(state) + (1 if position >= self.wrong_from else 0)
-            state = extend(state, [token])
+            token = tokens_after(last, 1)[0] + (1 if position >= self.wrong_from else 0)
+            last = token
             output = TokenOutput(request_id=hop.hop_id, new_token_ids=[token])
             if position == 0:
                 output.prefill_stats = PrefillCounts(

@@ -2,11 +2,14 @@
 
 python -m benchmarks.fidelity                # a model whose engine, not the front end, has the work
 python -m benchmarks.fidelity --size tiny    # the demo's model: here both compete for the same two cores
+python -m benchmarks.fidelity --keep FILE    # also keep what was measured ...
+python -m benchmarks.fidelity --again FILE   # ... to fit and simulate it again
 
-Starts `deploy/specs/cpu.yaml` (one prefill, one decode instance, real vLLM and NIXL), measures it with
-`pdserve profile --url`, then sends a workload at three loads, several rounds of each, interleaved, and
-simulates what was really sent: the lengths and the send times of the live run, with the profile that was just
-measured. The cores are kept awake all the while.
+Starts `deploy/specs/cpu.yaml` (one prefill, one decode instance, real vLLM and NIXL). A round measures it as
+`pdserve profile --url` does, every point of the grid once, then sends a workload at three loads. The speed of
+a shared machine drifts within minutes, so the profile is fitted to the points of all rounds, and nothing of
+what the loads measured goes into it. What was really sent, the lengths and the send times of the live runs,
+is simulated then.
 """
 
 from __future__ import annotations
@@ -14,15 +17,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
+import pickle
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,6 +34,9 @@ from benchmarks.cluster import ROOT, URL, cluster, wait_serving
 from cluster.request import Slo
 from cluster.spec import ClusterSpec, load_spec
 from deploy.model_store import tiny_model_ready
+from deploy.profiler.streams import PointStreams
+from deploy.profiler.url import server_to_measure
+from deploy.profiler.url_fit import fit_streams, profile_of, table_of
 from deploy.replay import ReplayOptions, replay
 from deploy.replay_report import ReplayReport
 from deploy.simulator.result import SimulationResult
@@ -45,32 +49,36 @@ SPEC = ROOT / "deploy" / "specs" / "cpu.yaml"
 # Sizes over the tiny model's config, with its tokenizer; the weights are vLLM's dummies.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {},
-    "small": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
+    "medium": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
         "num_key_value_heads": 4,
         "head_dim": 64,
     },
 }
 
 
+# Tokens that a point of the profile computes first; more take a core seconds and tell nothing new.
+LARGEST_BURST = 2048
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is sent: requests per round, the longest prompt and answer, and the loads in requests/s."""
+    """What is sent: the longest prompt and answer in tokens, the loads as (requests/s, seconds of a round);
+    and the most requests at once in the profile."""
 
-    requests: int
     max_input: int
     max_output: int
-    rates: tuple[float, ...]
-    max_prompt: int
+    loads: tuple[tuple[float, float], ...]
     max_concurrency: int
 
 
+# From next to idle to more than the prefill instance can do.
 PLANS = {
-    "tiny": Plan(400, 1024, 128, (4.0, 20.0, 40.0), 1024, 64),
-    "small": Plan(120, 160, 48, (1.0, 8.0, 16.0), 192, 16),
+    "tiny": Plan(1024, 128, ((4.0, 20.0), (20.0, 20.0), (60.0, 10.0)), 64),
+    "medium": Plan(512, 64, ((0.5, 40.0), (2.5, 24.0), (10.0, 12.0)), 16),
 }
 
 
@@ -80,6 +88,15 @@ class Pair:
 
     live: ReplayReport
     simulated: SimulationResult
+
+
+@dataclass
+class Measured:
+    """What one run of the benchmark measured: the profile's points, and the live runs by load."""
+
+    model: str = ""
+    visits: list[PointStreams] = field(default_factory=list)
+    live: dict[float, list[ReplayReport]] = field(default_factory=dict)
 
 
 def build_model(directory: Path, size: str) -> Path:
@@ -112,50 +129,51 @@ def spec_for(directory: Path, model: Path, size: str) -> Path:
     return path
 
 
-@contextmanager
-def profiled(spec: Path, out: Path, plan: Plan, seconds: float) -> Iterator[None]:
-    """A running cluster, measured."""
-    with cluster("", spec=str(spec)) as running:
-        print(f"serving after {wait_serving(running):.1f} s", file=sys.stderr, flush=True)
-        words = ["profile", "--url", URL, "--out", str(out), "--seconds", str(seconds)]
-        words += ["--max-prompt", str(plan.max_prompt), "--max-concurrency", str(plan.max_concurrency)]
-        subprocess.run([sys.executable, "-m", "deploy.cli", *words], cwd=ROOT, check=True)
-        yield
-
-
-@contextmanager
-def awake() -> Iterator[None]:
-    """Keep the cores from idling, by loops that give way to everything else (SCHED_IDLE).
-
-    A virtual machine that idles between requests computes a fifth slower after the pause than one that does
-    not, so a profile measured back to back would be of another machine than a lightly loaded cluster is.
-    """
-    code = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
-    spinning = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(os.cpu_count() or 1)]
-    try:
-        yield
-    finally:
-        for process in spinning:
-            process.kill()
-            process.wait()
-
-
 def workload(plan: Plan, rate: float, seed: int) -> list[WorkloadRequest]:
-    return conversation_like(
-        plan.requests,
-        rate_rps=rate,
+    """The same requests at every load, as many as are sent in the time."""
+    counts = {rate: round(rate * seconds) for rate, seconds in plan.loads}
+    requests = conversation_like(
+        max(counts.values()),
+        rate_rps=1.0,
         max_input=plan.max_input,
         max_output=plan.max_output,
         rng=Random(seed),
     )
+    return [replace(r, arrival_s=r.arrival_s / rate) for r in requests[: counts[rate]]]
 
 
-def one_round(spec: ClusterSpec, requests: list[WorkloadRequest], seed: int) -> Pair:
-    """Live, then simulated with the send times that were kept."""
-    live = asyncio.run(replay(URL, requests, ReplayOptions(seed=seed)))
+async def one_round(measured: Measured, plan: Plan, number: int) -> None:
+    """A third of the points of the profile's grid, a load, the next third, and so on."""
+    rng = Random(f"profile/{number}")
+    async with server_to_measure(URL, None, plan.max_input, plan.max_concurrency, rng) as server:
+        measured.model = server.model.name
+        server.points = [point for point in server.points if point.requests * point.tokens <= LARGEST_BURST]
+        if not number:
+            await server.round(0, 3)  # warm-up
+        for part, (rate, _) in enumerate(plan.loads):
+            measured.visits += await server.round(part, len(plan.loads))
+            # Other prompts at each load, else they would be in the prefix cache.
+            options = ReplayOptions(seed=number * len(plan.loads) + part)
+            report = await replay(URL, workload(plan, rate, seed=number), options)
+            measured.live.setdefault(rate, []).append(report)
+            print(f"round {number + 1}, {rate:g}/s: {report.counts}", file=sys.stderr, flush=True)
+
+
+def measure(spec: Path, plan: Plan, rounds: int) -> Measured:
+    """All rounds, on a cluster that is started for them."""
+    measured = Measured()
+    with cluster("", spec=str(spec)) as running:
+        print(f"serving after {wait_serving(running):.1f} s", file=sys.stderr, flush=True)
+        for number in range(rounds):
+            asyncio.run(one_round(measured, plan, number))
+    return measured
+
+
+def simulated(spec: ClusterSpec, live: ReplayReport, plan: Plan, rate: float, seed: int) -> Pair:
+    """A live run beside its simulation, with the send times that were kept."""
+    requests = workload(plan, rate, seed)
     sent = [replace(requests[o.index], arrival_s=o.sent_s) for o in live.outcomes]
-    order = sorted(sent, key=lambda request: request.arrival_s)
-    return Pair(live, Simulation(spec, order).run())
+    return Pair(live, Simulation(spec, sorted(sent, key=lambda request: request.arrival_s)).run())
 
 
 def attainment(pair: Pair, slo: Slo) -> tuple[float, float]:
@@ -201,37 +219,50 @@ COLUMNS = (
 HEADER = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=150.0, help="for the profile")
-    parser.add_argument("--profile", type=Path, help="write the profile here, to keep it")
-    args = parser.parse_args()
-    plan = PLANS[args.size]
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        spec_path = spec_for(directory, build_model(directory, args.size), args.size)
-        profile = args.profile or directory / "profile.json"
-        pairs: dict[float, list[Pair]] = {rate: [] for rate in plan.rates}
-        with awake(), profiled(spec_path, profile, plan, args.seconds):
-            spec = load_spec(spec_path, {"sim": {"profile": str(profile)}})
-            for number in range(args.rounds):
-                for rate in plan.rates:
-                    pair = one_round(spec, workload(plan, rate, seed=number), seed=number)
-                    pairs[rate].append(pair)
-                    print(f"round {number + 1}, {rate:g}/s: {pair.live.counts}", file=sys.stderr, flush=True)
-    idle = pairs[plan.rates[0]]
-    # Bounds that the loads part: between what an idle cluster and a full one give.
+def print_table(pairs: dict[float, list[Pair]]) -> None:
+    """A line per load, under bounds between what an idle cluster and a full one give."""
+    idle = next(iter(pairs.values()))
     slo = Slo(
         ttft_s=2.5 * mean([o.ttft_s for pair in idle for o in pair.live.outcomes]),
         tpot_s=1.5 * mean([o.tpot_s for pair in idle for o in pair.live.outcomes]),
     )
     print(f"\nSLO: TTFT {slo.ttft_s * 1e3:.0f} ms, TPOT {slo.tpot_s * 1e3:.1f} ms\n\n{HEADER}")
-    for rate in plan.rates:
-        print(row(rate, pairs[rate], slo))
+    for rate, of_rate in pairs.items():
+        print(row(rate, of_rate, slo))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=list(SIZES), default="medium")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", type=Path, help="write the profile here")
+    parser.add_argument("--keep", type=Path, help="write what was measured here")
+    parser.add_argument("--again", type=Path, help="what an earlier run kept, instead of measuring")
+    args = parser.parse_args()
+    plan = PLANS[args.size]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        spec_path = spec_for(directory, build_model(directory, args.size), args.size)
+        if args.again:
+            measured: Measured = pickle.loads(args.again.read_bytes())
+        else:
+            measured = measure(spec_path, plan, args.rounds)
+        if args.keep:
+            args.keep.write_bytes(pickle.dumps(measured))
+        found = fit_streams(measured.visits)
+        profile = profile_of(found, measured.model, URL, measured.visits)
+        profile_path = args.profile or directory / "profile.json"
+        profile.save(profile_path)
+        print(table_of(found, profile))
+        spec = load_spec(spec_path, {"sim": {"profile": str(profile_path)}})
+        print_table(
+            {
+                rate: [simulated(spec, live, plan, rate, seed) for seed, live in enumerate(reports)]
+                for rate, reports in measured.live.items()
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cluster.errors import SpecError
 
@@ -88,12 +88,36 @@ class PrefillCost(_Frozen):
 
 class DecodeCost(_Frozen):
     """Seconds of an iteration without prompt tokens, for batches of up to `up_to_requests`:
-    base + request * requests + context * tokens of context."""
+    base + request * requests + context * tokens of context.
+
+    Attributes:
+        levels: (requests, seconds) where they were measured one by one, by rising requests: instead of
+            request * requests up to the last of them, straight between them, and on from there.
+    """
 
     up_to_requests: int | None = None
     base_s: float = Field(ge=0)
     request_s: float = Field(default=0.0, ge=0)
     context_s: float = Field(default=0.0, ge=0)
+    levels: tuple[tuple[int, float], ...] = ()
+
+    @field_validator("levels")
+    @classmethod
+    def _in_order(cls, levels: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        sizes = [requests for requests, _ in levels]
+        if sizes != sorted(set(sizes)) or any(seconds < 0 for _, seconds in levels):
+            raise ValueError("expected rising numbers of requests, each with seconds of at least 0")
+        return levels
+
+    def requests_s(self, requests: int) -> float:
+        """The part of an iteration's time that depends on its requests alone."""
+        before = self.levels[0] if self.levels else (0, 0.0)
+        for level in self.levels:
+            if requests <= level[0]:
+                share = (requests - before[0]) / max(1, level[0] - before[0])
+                return before[1] + share * (level[1] - before[1])
+            before = level
+        return before[1] + (requests - before[0]) * self.request_s
 
 
 class Residuals(_Frozen):
@@ -118,6 +142,7 @@ class LatencyProfile(_Frozen):
         residuals: of the fit, by kind of iteration.
         frontend_s: from a request's arrival to its being in the engine's queue, and back with its token.
         handoff_s: what a hand-over of KV costs beside the bytes, from the first token to decode's queue.
+        handoff_token_s: and for each prompt token, with its bytes; for clusters whose network is not known.
         prefill_contention, decode_contention: how many times as long an iteration takes while the other phase
             computes too; above 1 where both share a machine's cores.
     """
@@ -135,6 +160,7 @@ class LatencyProfile(_Frozen):
     residuals: dict[str, Residuals] = Field(default_factory=dict)
     frontend_s: float = Field(default=0.0, ge=0)
     handoff_s: float = Field(default=0.0, ge=0)
+    handoff_token_s: float = Field(default=0.0, ge=0)
     prefill_contention: float = Field(default=1.0, ge=1)
     decode_contention: float = Field(default=1.0, ge=1)
 
@@ -190,6 +216,7 @@ class ProfiledLatency:
             ((_limit(c.up_to_requests), c) for c in profile.decode), key=lambda pair: pair[0]
         )
         self._region = Batch(**profile.region)
+        self._requests_s: dict[int, tuple[float, float, float]] = {}
 
     @property
     def region(self) -> Batch | None:
@@ -206,10 +233,19 @@ class ProfiledLatency:
                 + batch.prefill_requests * cost.request_s
             )
         if batch.decode_requests:
-            decode = _cost(self._decode, batch.decode_requests)
-            base = max(base, decode.base_s)
-            time += batch.decode_requests * decode.request_s + batch.decode_context_tokens * decode.context_s
+            decode_base, requests_s, context_s = self._decode_parts(batch.decode_requests)
+            base = max(base, decode_base)
+            time += requests_s + batch.decode_context_tokens * context_s
         return base + time
+
+    def _decode_parts(self, requests: int) -> tuple[float, float, float]:
+        """(base, part of the requests, seconds per token of context) of a batch; there are few sizes."""
+        known = self._requests_s.get(requests)
+        if known is None:
+            cost = _cost(self._decode, requests)
+            known = (cost.base_s, cost.requests_s(requests), cost.context_s)
+            self._requests_s[requests] = known
+        return known
 
 
 def _limit(up_to: int | None) -> float:

@@ -69,6 +69,23 @@ def fit_decode(
     ), _residuals(samples, segments, _decode_row)
 
 
+def fit_decode_levels(samples: Sequence[Sample]) -> tuple[DecodeCost, ...]:
+    """Costs of iterations with decodes only, with a level for each batch size that was measured.
+
+    Libraries choose kernels by the number of rows, and one for four may be faster than the one for two, which
+    no straight line shows. Raises as `fit_decode`.
+    """
+    (line,), _ = fit_decode(samples, 1)
+    by_size: dict[int, list[float]] = {}
+    for batch, seconds in samples:
+        rest_s = seconds - batch.decode_context_tokens * line.context_s
+        by_size.setdefault(batch.decode_requests, []).append(rest_s)
+    sizes_s = {size: max(0.0, median(values)) for size, values in sorted(by_size.items())}
+    base_s = min(sizes_s.values())
+    levels = tuple((size, seconds - base_s) for size, seconds in sizes_s.items())
+    return (line.model_copy(update={"base_s": base_s, "levels": levels}),)
+
+
 def residuals_of(model: LatencyModel, samples: Sequence[Sample]) -> Residuals:
     """Relative errors of any model on samples, say held-out or mixed ones. ValueError without any."""
     return summarise([model.iteration_s(batch) / seconds - 1 for batch, seconds in samples])

@@ -64,6 +64,33 @@ def test_beyond_every_limit_the_last_segment_holds() -> None:
     assert ProfiledLatency(profile).iteration_s(Batch(decode_requests=5)) == 6.0
 
 
+LEVELS = ((1, 0.5), (2, 0.9), (4, 0.1), (8, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("requests", "seconds"), [(1, 0.5), (2, 0.9), (3, 0.5), (4, 0.1), (6, 0.3), (8, 0.5), (10, 0.7)]
+)
+def test_levels_of_batch_sizes_have_straight_lines_between(requests: int, seconds: float) -> None:
+    cost = DecodeCost(base_s=1.0, request_s=0.1, context_s=0.01, levels=LEVELS)
+    assert cost.requests_s(requests) == pytest.approx(seconds)
+    profile = make_profile().model_copy(update={"decode": (cost,)})
+    batch = Batch(decode_requests=requests, decode_context_tokens=7)
+    assert ProfiledLatency(profile).iteration_s(batch) == pytest.approx(1.0 + seconds + 0.07)
+    assert ProfiledLatency(profile).iteration_s(batch._replace(prefill_tokens=10)) == pytest.approx(
+        1.0 + 1.0 + seconds + 0.07
+    )
+
+
+def test_below_the_first_level_it_holds_as_well() -> None:
+    assert DecodeCost(base_s=1.0, levels=((4, 0.2), (8, 0.4))).requests_s(1) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("levels", [((2, 0.1), (1, 0.2)), ((1, 0.1), (1, 0.2)), ((1, -0.1),)])
+def test_levels_out_of_order_are_refused(levels: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(ValueError, match="expected rising numbers"):
+        DecodeCost(base_s=1.0, levels=levels)
+
+
 def test_constant_times() -> None:
     model = ConstantLatency(step_s=1.0, prefill_s_per_token=0.5)
     assert model.iteration_s(Batch(prefill_tokens=4, decode_requests=9)) == 3.0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.profiler.grid import Limits, grid, steps
+from deploy.profiler.grid import Limits, batch_sizes, grid, steps
 
 
 @given(
@@ -38,6 +38,12 @@ def test_the_extremes_are_measured() -> None:
 def test_steps_end_at_the_end() -> None:
     assert list(steps(1, 10, 2)) == [1, 2, 4, 8, 10]
     assert list(steps(4, 4, 2)) == [4]
+
+
+def test_decoding_batches_are_measured_in_half_octaves() -> None:
+    assert batch_sizes(32) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert batch_sizes(5) == [1, 2, 3, 4, 5]
+    assert batch_sizes(1) == [1]
 
 
 @pytest.mark.parametrize(("max_prompt", "max_requests"), [(15, 4), (100, 0)])

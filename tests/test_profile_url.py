@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -16,12 +17,15 @@ from aiohttp import web
 from cluster.errors import EnvironmentProblem
 from deploy.profiler.grid import Point
 from deploy.profiler.url import (
+    LONE_PROMPTS,
+    PROMPTS_BESIDE,
     STEADY_TOKENS,
     PointStreams,
     ServedModel,
     UrlProbe,
     measure_url,
     served_model,
+    session_to_measure,
 )
 
 
@@ -96,7 +100,7 @@ async def serving() -> AsyncIterator[FakeServer]:
 async def visit(server: FakeServer, point: Point) -> PointStreams:
     model = ServedModel(name="tiny", max_model_len=4096)
     async with aiohttp.ClientSession() as session:
-        return await UrlProbe(session, server.url, model, Random(0)).measure(point)
+        return await UrlProbe(session, server.url, model, Random(0), 0.0).measure(point)
 
 
 async def test_prompts_are_sent_at_once_and_ask_for_one_token() -> None:
@@ -122,11 +126,31 @@ async def test_decoding_streams_are_hung_up_on_when_enough_was_seen() -> None:
     assert all(stream.times_s == tuple(sorted(stream.times_s)) for stream in found.streams)
 
 
-async def test_prompts_go_beside_decodes_one_after_the_other() -> None:
+async def test_a_lone_prompt_is_measured_several_times_one_after_the_other() -> None:
+    async with serving() as server:
+        found = await visit(server, Point("prefill", 1, 32))
+    assert server.most_active == 1
+    assert [stream.burst for stream in found.streams] == list(range(LONE_PROMPTS))
+    assert [len(burst) for burst in found.bursts(1)] == [1] * LONE_PROMPTS
+
+
+async def test_a_lone_request_comes_after_a_pause() -> None:
+    async with serving() as server, session_to_measure() as session:
+        model = ServedModel(name="tiny", max_model_len=4096)
+        probe = UrlProbe(session, server.url, model, Random(0), 0.05)
+        lone = await probe.measure(Point("prefill", 1, 32))
+    times = [(stream.sent_s, stream.times_s[0]) for stream in lone.streams]
+    assert all(after[0] - before[1] >= 0.05 for before, after in pairwise(times))
+
+
+async def test_bursts_of_prompts_go_beside_decodes_one_after_the_other() -> None:
     async with serving() as server:
         found = await visit(server, Point("mixed", 2, 64, 16))
     beside = [stream for stream in found.streams if not stream.decodes]
-    assert beside
+    bursts = found.bursts(PROMPTS_BESIDE)
+    assert bursts
+    ends = [(min(s.sent_s for s in burst), max(s.times_s[0] for s in burst)) for burst in bursts]
+    assert all(before[1] <= after[0] for before, after in pairwise(ends))
     assert all(stream.prompt_tokens == 16 and len(stream.times_s) == 1 for stream in beside)
     assert sum(stream.decodes for stream in found.streams) == 2
 
@@ -173,7 +197,7 @@ async def test_the_model_is_the_first_or_the_named_one() -> None:
 
 async def measure(url: str, **changes: Any) -> tuple[ServedModel, list[PointStreams]]:
     options: dict[str, Any] = {"model": None, "max_prompt": 32, "max_requests": 2, "seconds": 1e-9}
-    return await measure_url(url, seed=0, say=lambda line: None, **(options | changes))
+    return await measure_url(url, seed=0, say=lambda line: None, lone_pause_s=0.0, **(options | changes))
 
 
 async def test_every_point_is_measured_in_every_round_but_the_first() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.latency import Batch, DecodeCost, PrefillCost
 from deploy.profiler.fit import TooFewPoints, model_of
 from deploy.profiler.grid import Limits, Point, grid
 from deploy.profiler.streams import PointStreams, Stream
+from deploy.profiler.url import PROMPTS_BESIDE
 from deploy.profiler.url_fit import DECODE_BESIDE, PROMPT_BESIDE, fit_streams
 
 PREFILL = PrefillCost(base_s=0.003, token_s=40e-6, attention_s=20e-9, request_s=200e-6)
@@ -18,15 +21,24 @@ SLOWED = 2.0
 TOKENS = 50
 
 
+def burst_ends_s(sent_s: float, tokens: int, requests: int) -> float:
+    """When the last of some prompts has its token: an idle engine takes the first one alone."""
+    end_s = sent_s + FRONTEND_S + TRUE.iteration_s(Batch(tokens, tokens**2, 1))
+    if others := requests - 1:
+        end_s += TRUE.iteration_s(Batch(tokens * others, tokens**2 * others, others))
+    return end_s
+
+
+def burst(sent_s: float, end_s: float, tokens: int, requests: int, number: int) -> list[Stream]:
+    one = Stream(prompt_tokens=tokens, sent_s=sent_s, times_s=(end_s,), decodes=False, burst=number)
+    return [one] * requests
+
+
 def visit(point: Point, *, handoff_s: float = HANDOFF_S) -> PointStreams:
     """A point as a server with these costs and a noiseless network would answer it."""
     if point.kind == "prefill":
-        batch = Batch(
-            point.tokens * point.requests, point.tokens**2 * point.requests, prefill_requests=point.requests
-        )
-        first_s = FRONTEND_S + TRUE.iteration_s(batch)
-        one = Stream(prompt_tokens=point.tokens, sent_s=0.0, times_s=(first_s,), decodes=False)
-        return PointStreams(point=point, streams=(one,) * point.requests)
+        end_s = burst_ends_s(0.0, point.tokens, point.requests)
+        return PointStreams(point=point, streams=tuple(burst(0.0, end_s, point.tokens, point.requests, 0)))
     slow = SLOWED if point.beside else 1.0
     now_s = FRONTEND_S + TRUE.iteration_s(Batch(point.tokens, point.tokens**2, 1))
     times = [now_s]
@@ -39,12 +51,11 @@ def visit(point: Point, *, handoff_s: float = HANDOFF_S) -> PointStreams:
         times.append(now_s)
     streams = [Stream(prompt_tokens=point.tokens, sent_s=0.0, times_s=tuple(times))] * point.requests
     if point.beside:
-        first_s = slow * (FRONTEND_S + TRUE.iteration_s(Batch(point.beside, point.beside**2, 1)))
-        at_s = times[0]
-        while at_s < times[-1]:
-            end_s = at_s + first_s
-            streams.append(Stream(prompt_tokens=point.beside, sent_s=at_s, times_s=(end_s,), decodes=False))
-            at_s = end_s
+        sent_s, number = times[0], 0
+        while sent_s < times[-1]:
+            end_s = sent_s + slow * burst_ends_s(0.0, point.beside, PROMPTS_BESIDE)
+            streams += burst(sent_s, end_s, point.beside, PROMPTS_BESIDE, number)
+            sent_s, number = end_s, number + 1
     return PointStreams(point=point, streams=tuple(streams))
 
 
@@ -97,6 +108,36 @@ def test_nothing_is_slowed_where_nothing_was_beside() -> None:
     assert DECODE_BESIDE not in found.fit.residuals
 
 
+def test_a_burst_that_was_cut_short_tells_nothing() -> None:
+    whole = visit(Point("mixed", 4, 128, 64))
+    late = Stream(prompt_tokens=64, sent_s=9.0, times_s=(9.001,), decodes=False, burst=99)
+    points = [visit(point) for point in POINTS if point.kind != "mixed"]
+    one, other = (
+        fit_streams([*points, found]) for found in (whole, replace(whole, streams=(*whole.streams, late)))
+    )
+    assert one == other
+
+
 def test_too_few_visits() -> None:
     with pytest.raises(TooFewPoints):
         fit_streams([visit(Point("prefill", 1, 16)), visit(Point("decode", 1, 16))])
+
+
+def test_a_batch_size_that_is_faster_than_smaller_ones_gets_its_own_level() -> None:
+    """As where a library has one kernel for up to two rows and a better one for more."""
+    at = {1: 0.0030, 2: 0.0035, 3: 0.0025, 4: 0.0026, 6: 0.0030, 8: 0.0034, 12: 0.0042, 16: 0.0050}
+
+    def with_kernels(found: PointStreams) -> PointStreams:
+        if found.point.kind != "decode":
+            return found
+        step_s = at[found.point.requests]
+        first = found.streams[0].times_s[0]
+        times = (first, *(first + step_s * (n + 1) for n in range(TOKENS)))
+        streams = [Stream(prompt_tokens=found.point.tokens, sent_s=0.0, times_s=times)] * found.point.requests
+        return PointStreams(point=found.point, streams=tuple(streams))
+
+    found = fit_streams([with_kernels(visit(point)) for point in POINTS for _ in range(2)])
+    model = model_of(found.fit.prefill, found.fit.decode)
+    for requests, seconds in {**at, 10: 0.0038}.items():
+        assert model.iteration_s(Batch(decode_requests=requests)) == pytest.approx(seconds, rel=0.02)
+    assert found.fit.residuals["decode, held out"].p90 < 0.02

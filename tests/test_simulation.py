@@ -236,6 +236,27 @@ def test_phases_that_share_cores_slow_each_other_while_both_compute(tmp_path: Pa
     assert first.end_s == pytest.approx(0.40 + 8.75 * 0.02)
 
 
+@pytest.mark.parametrize(("network", "delay_s"), [({}, 0.05 + 65 * 0.001), ({"nic_gbps": 1e9}, 0.05)])
+def test_a_hand_over_takes_what_the_profile_says_of_it(
+    network: dict[str, float], delay_s: float, tmp_path: Path
+) -> None:
+    LatencyProfile(
+        model="m",
+        machine="one",
+        source="made up",
+        prefill=(PrefillCost(base_s=0.1, token_s=0.0),),
+        decode=(DecodeCost(base_s=0.02),),
+        region=Batch(1000, 1_000_000, 10, 10, 10_000)._asdict(),
+        handoff_s=0.05,
+        handoff_token_s=0.001,
+    ).save(tmp_path / "p.json")
+    links = {"latency_s": 0.0, **network}
+    spec = spec_of(sim={"profile": str(tmp_path / "p.json"), "max_model_len": 512, "network": links})
+    asked = [WorkloadRequest(arrival_s=0.0, input_tokens=64, output_tokens=3)]
+    (request,) = Simulation(spec, asked).run().requests
+    assert request.end_s == pytest.approx(0.1 + delay_s + 2 * 0.02)
+
+
 def test_a_killed_decode_instance_costs_time_and_no_token() -> None:
     spec = spec_of(decode={"count": 2})
     scenario = parse_scenario({"faults": [{"kill": "decode-0", "at_s": 1.0}], "restart_s": 2.0}, spec)

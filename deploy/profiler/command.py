@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cluster.instance import Role
 from cluster.latency import LatencyProfile
@@ -154,10 +153,8 @@ def _of_spec(args: argparse.Namespace) -> tuple[LatencyProfile, str]:
 
 
 def _of_url(args: argparse.Namespace) -> tuple[LatencyProfile, str]:
-    from deploy.profiler.fit import table
-    from deploy.profiler.machine import machine, versions
     from deploy.profiler.url import measure_url
-    from deploy.profiler.url_fit import fit_streams
+    from deploy.profiler.url_fit import fit_streams, profile_of, table_of
 
     url = args.url.rstrip("/").removesuffix("/v1")
     served, visits = asyncio.run(
@@ -172,29 +169,8 @@ def _of_url(args: argparse.Namespace) -> tuple[LatencyProfile, str]:
         )
     )
     found = fit_streams(visits)
-    here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    profile = LatencyProfile(
-        model=served.name,
-        machine=machine() if here else "unknown: measured over the network",
-        versions=versions() if here else {},
-        source=f"pdserve profile --url: {sum(len(visit.streams) for visit in visits):,} streams, client "
-        + ("on the same machine" if here else "on another machine"),
-        prefill=found.fit.prefill,
-        decode=found.fit.decode,
-        region=found.fit.region._asdict(),
-        residuals=found.fit.residuals,
-        frontend_s=found.frontend_s,
-        handoff_s=found.handoff_s,
-        prefill_contention=max(1.0, found.prompt_slowdown),
-        decode_contention=max(1.0, found.decode_slowdown),
-    )
-    notes = {
-        "front end": f"{found.frontend_s * 1e3:.2f} ms, not in the prefill costs above",
-        "hand-over": f"{found.handoff_s * 1e3:.2f} ms, {found.handoff_token_s * 1e6:.2f} us per prompt token",
-        "beside the other phase": f"decodes take {found.decode_slowdown:.2f} x, time to first token "
-        f"{found.prompt_slowdown:.2f} x (a prompt always under way)",
-    }
-    return profile, table(profile, found.samples, notes, frontend_s=found.frontend_s)
+    profile = profile_of(found, served.name, url, visits)
+    return profile, table_of(found, profile)
 
 
 def _kernels(args: argparse.Namespace) -> str:

@@ -95,10 +95,7 @@ def fit_costs(samples: Sequence[Sample], max_segments: int = MAX_SEGMENTS) -> Fi
         prefill_costs = _fit_prefill(fitted_prefill, max_segments)
         decode_costs = _fit_decode(fitted_decode, max_segments)
     except ValueError as error:
-        raise TooFewPoints(
-            f"not enough was measured ({len(prefill)} prefill and {len(decode)} decode batches: {error}); "
-            "raise --max-prompt, --max-concurrency or --seconds"
-        ) from None
+        raise too_few(prefill, decode, error) from None
     model = model_of(prefill_costs, decode_costs)
     held = {PREFILL: held_prefill, DECODE: held_decode, MIXED: mixed}
     return Fit(
@@ -106,6 +103,14 @@ def fit_costs(samples: Sequence[Sample], max_segments: int = MAX_SEGMENTS) -> Fi
         decode=decode_costs,
         residuals={name: residuals_of(model, rest) for name, rest in held.items() if rest},
         region=Batch(*(max(column) for column in zip(*(batch for batch, _ in samples), strict=True))),
+    )
+
+
+def too_few(prefill: Sequence[Sample], decode: Sequence[Sample], why: object) -> TooFewPoints:
+    """The error, in words for whoever started the measurement."""
+    return TooFewPoints(
+        f"not enough was measured ({len(prefill)} prefill and {len(decode)} decode batches: {why}); "
+        "raise --max-prompt, --max-concurrency or --seconds"
     )
 
 
@@ -167,6 +172,9 @@ def table(
     for decode in profile.decode:
         name = "decode" + (f" up to {decode.up_to_requests:,} requests" if decode.up_to_requests else "")
         lines.append(_cost_line(name, (decode.base_s, decode.context_s, None, decode.request_s)))
+        if decode.levels:
+            levels = ", ".join(f"{size}: {milliseconds(seconds)}" for size, seconds in decode.levels)
+            lines.append(f"  and by requests, ms: {levels}")
     lines += ["", f"{'error of the fit':<28}{'batches':>9}{'median':>9}{'p90':>9}{'bias':>9}"]
     for name, residuals in profile.residuals.items():
         lines.append(

@@ -22,10 +22,10 @@ class Point(NamedTuple):
     """What to measure.
 
     Attributes:
-        kind: prompts alone, decodes alone, or a prompt beside decodes.
+        kind: prompts alone, decodes alone, or prompts beside decodes.
         requests: prompts at once; for `decode` and `mixed`, decodes in the batch.
         tokens: length of each of their prompts.
-        beside: length of the prompt that joins the decodes; `mixed` only.
+        beside: length of the prompts that join the decodes; `mixed` only.
     """
 
     kind: Kind
@@ -73,6 +73,12 @@ def steps(low: int, high: int, factor: int) -> Iterator[int]:
     yield high
 
 
+def batch_sizes(high: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, 24, ... up to `high`, and `high` itself."""
+    doublings = [*steps(1, high, 2)]
+    return sorted({*doublings, *(size // 2 * 3 for size in doublings if size > 1 and size // 2 * 3 < high)})
+
+
 def grid(limits: Limits) -> list[Point]:
     """All points within the limits, each once, in a fixed order."""
     points = [
@@ -85,7 +91,11 @@ def grid(limits: Limits) -> list[Point]:
         Point("decode", requests, tokens)
         for tokens in steps(SHORTEST_PROMPT, limits.max_prompt, 8)
         # Long prompts take long to compute before anything can be measured.
-        for requests in steps(1, limits.max_requests, 2 if tokens <= LONGEST_PROMPT_OF_SEVERAL else 4)
+        for requests in (
+            batch_sizes(limits.max_requests)
+            if tokens <= LONGEST_PROMPT_OF_SEVERAL
+            else steps(1, limits.max_requests, 4)
+        )
         if limits.fits(requests, tokens)
     ]
     half = max(1, limits.max_requests // 2)

@@ -1,10 +1,12 @@
 """What streams of tokens tell of the engines behind a server: estimators over arrival times, pure.
 
-Prefill. `k` prompts of `n` tokens are sent at once and ask for one token each; the time until the last of
-them has come is frontend_s + the cost of one iteration with k * n tokens. Over lengths and numbers that gives
-the cost of a token, of attention and of a request, and one fixed part, which holds the front end and the
-engine's own fixed part. An engine's iteration has about the same fixed part whatever it computes, and decodes
-show it: what is left is the front end's, which does not keep the engine busy.
+Prefill. A burst is `k` prompts of `n` tokens, sent at once, that ask for one token each; the time until the
+last of them has come is frontend_s + the cost of what the engine computed. That is one iteration for a lone
+prompt and two for several: an idle engine begins with the first and takes the others, which came meanwhile,
+next. Over lengths and numbers that gives the cost of a token, of attention and of a request, and one fixed
+part, which holds the front end and the engine's own fixed part. An engine's iteration has about the same
+fixed part whatever it computes, and decodes show it: what is left is the front end's, which does not keep the
+engine busy.
 
 Decode. Between two moments at which a stream begins or ends, the same requests are in the batch. An iteration
 gives one token to each, so the time between the moments, times the requests, over the tokens that came, is
@@ -39,12 +41,14 @@ class Stream:
         sent_s: when the request was sent.
         times_s: when each token came; tokens that came together have the same.
         decodes: whether it is one of the requests whose decoding is measured.
+        burst: number of the burst that it was sent in; prompts only.
     """
 
     prompt_tokens: int
     sent_s: float
     times_s: tuple[float, ...]
     decodes: bool = True
+    burst: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -57,6 +61,14 @@ class PointStreams:
 
     point: Point
     streams: tuple[Stream, ...]
+
+    def bursts(self, size: int) -> list[list[Stream]]:
+        """The prompts by burst; one that was cut short is left out."""
+        by_number: dict[int, list[Stream]] = {}
+        for stream in self.streams:
+            if not stream.decodes:
+                by_number.setdefault(stream.burst, []).append(stream)
+        return [burst for burst in by_number.values() if len(burst) == size]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +127,17 @@ def _overlap_s(streams: Sequence[Stream], from_s: float, to_s: float) -> float:
     return covered
 
 
+def fixed_part_s(decode: Sequence[DecodeCost]) -> float:
+    """Seconds of an engine's iteration that hardly computes anything."""
+    smallest = min(decode, key=lambda cost: cost.up_to_requests or float("inf"))
+    return smallest.base_s + smallest.requests_s(1)
+
+
 def split_fixed_part(
     costs: Sequence[PrefillCost], decode: Sequence[DecodeCost]
 ) -> tuple[tuple[PrefillCost, ...], float]:
     """(the engine's prefill costs, frontend_s) of costs whose fixed part holds the front end's, too."""
-    smallest = min(decode, key=lambda cost: cost.up_to_requests or float("inf"))
-    engine_s = smallest.base_s + smallest.request_s
+    engine_s = fixed_part_s(decode)
     frontend_s = min(max(0.0, cost.base_s - engine_s) for cost in costs)
     return tuple(c.model_copy(update={"base_s": c.base_s - frontend_s}) for c in costs), frontend_s
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,6 +27,12 @@ PAUSE_S = 0.02
 KEEPALIVE_S = 3.0
 # A server does not say how much KV it holds; near a full cache it queues, and the batch is another one.
 KV_TOKENS = 65_536
+# A lone prompt is soon computed: one alone would say more of a moment's noise than of the engine.
+LONE_PROMPTS = 3
+# Lone requests are what a server gets that is not busy, and after a pause a machine is slower for a while.
+LONE_PAUSE_S = 1.5
+# Prompts at once beside decodes: their engine shall not idle between one's end and the next one's coming.
+PROMPTS_BESIDE = 4
 # Of the model's context, left for the answers that are measured.
 ANSWER_TOKENS = 4 * STEADY_TOKENS
 
@@ -63,6 +70,7 @@ class _Answer:
     prompt_tokens: int
     sent_s: float
     decodes: bool
+    burst: int = 0
     events: list[tuple[float, bytes]] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     ended: bool = False
@@ -88,6 +96,7 @@ class _Answer:
             sent_s=self.sent_s,
             times_s=tuple(times),
             decodes=self.decodes,
+            burst=self.burst,
         )
 
 
@@ -101,8 +110,16 @@ def _not_measurable(found: str) -> EnvironmentProblem:
 class UrlProbe:
     """Sends the prompts of a point to a server and keeps when their tokens come."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, model: ServedModel, rng: Random) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        model: ServedModel,
+        rng: Random,
+        lone_pause_s: float = LONE_PAUSE_S,
+    ) -> None:
         self._session, self._url, self._model, self._rng = session, f"{url}/v1/completions", model, rng
+        self._lone_pause_s = lone_pause_s
 
     async def measure(self, point: Point) -> PointStreams:
         """Visit a point; the server is idle before and after. Raises EnvironmentProblem."""
@@ -118,13 +135,26 @@ class UrlProbe:
         return PointStreams(point=point, streams=streams)
 
     async def _prefill(self, point: Point) -> list[_Answer]:
-        bodies = [self._body(point.tokens, 1) for _ in range(point.requests)]
-        answers = [_Answer(point.tokens, 0.0, decodes=False) for _ in bodies]
-        await asyncio.gather(*(self._ask(a, b) for a, b in zip(answers, bodies, strict=True)))
+        answers: list[_Answer] = []
+        for number in range(LONE_PROMPTS if point.requests == 1 else 1):
+            await self._pause(point)
+            await self._burst(point.requests, point.tokens, number, answers)
         return answers
+
+    async def _pause(self, point: Point) -> None:
+        if point.requests == 1:
+            await asyncio.sleep(self._lone_pause_s)
+
+    async def _burst(self, requests: int, tokens: int, number: int, answers: list[_Answer]) -> None:
+        """Prompts at once, of one token of answer each."""
+        bodies = [self._body(tokens, 1) for _ in range(requests)]
+        burst = [_Answer(tokens, 0.0, decodes=False, burst=number) for _ in bodies]
+        answers += burst
+        await asyncio.gather(*(self._ask(a, b) for a, b in zip(burst, bodies, strict=True)))
 
     async def _decode(self, point: Point) -> list[_Answer]:
         """Streams that are hung up on when all of them have decoded for a while."""
+        await self._pause(point)
         counted = point.requests >= COUNTED_FROM
         bodies = [
             self._body(point.tokens, self._output(point.tokens), counted) for _ in range(point.requests)
@@ -132,30 +162,34 @@ class UrlProbe:
         answers = [_Answer(point.tokens, 0.0, decodes=True) for _ in bodies]
         beside: list[_Answer] = []
         tasks = [asyncio.create_task(self._ask(a, b)) for a, b in zip(answers, bodies, strict=True)]
-        background = asyncio.create_task(self._beside(point.beside, beside)) if point.beside else None
         try:
             for answer in answers:
                 await _events(answer, 2)
-            steady = [len(answer.events) + STEADY_TOKENS for answer in answers]
-            for answer, count in zip(answers, steady, strict=True):
-                await _events(answer, count)
+            if point.beside:
+                # Not before all decode: their own prompts would be in the way. And to the end of a burst: an
+                # iteration that has begun goes on when its clients have left, and delays the next point.
+                await self._beside(point.beside, answers, beside)
+            else:
+                await _steady(answers, STEADY_TOKENS)
         finally:
-            under_way = [*tasks, *([background] if background else [])]
-            for task in under_way:
+            for task in tasks:
                 task.cancel()
-            ended = await asyncio.gather(*under_way, return_exceptions=True)
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
         for failure in ended:
             if isinstance(failure, Exception):
                 raise failure
         return [*answers, *beside]
 
-    async def _beside(self, tokens: int, answers: list[_Answer]) -> None:
-        """One prompt after the other, until cancelled."""
-        while True:
-            body = self._body(tokens, 1)
-            answer = _Answer(tokens, 0.0, decodes=False)
-            answers.append(answer)
-            await self._ask(answer, body)
+    async def _beside(self, tokens: int, decoding: list[_Answer], beside: list[_Answer]) -> None:
+        """One burst after the other, until enough was decoded."""
+        enough = asyncio.create_task(_steady(decoding, 2 * STEADY_TOKENS))
+        try:
+            for number in itertools.count():
+                await self._burst(PROMPTS_BESIDE, tokens, number, beside)
+                if enough.done():
+                    return
+        finally:
+            enough.cancel()
 
     def _output(self, prompt_tokens: int) -> int:
         """As many as there is room for: the stream is hung up on when enough has been seen."""
@@ -203,6 +237,13 @@ async def _events(answer: _Answer, count: int) -> None:
         await answer.changed.wait()
 
 
+async def _steady(answers: list[_Answer], count: int) -> None:
+    """Wait until each answer has so many events more than now, or has ended."""
+    wanted = [len(answer.events) + count for answer in answers]
+    for answer, events in zip(answers, wanted, strict=True):
+        await _events(answer, events)
+
+
 async def served_model(session: aiohttp.ClientSession, url: str, name: str | None) -> ServedModel:
     """The server's first model, or the one of this name. Raises EnvironmentProblem."""
     try:
@@ -245,6 +286,42 @@ def _longest_prompt(model: ServedModel, asked: int | None) -> int:
     return asked
 
 
+class MeasuredServer:
+    """A server and the points to measure it on."""
+
+    def __init__(self, probe: UrlProbe, model: ServedModel, points: list[Point], rng: Random) -> None:
+        self.model = model
+        self.points = points
+        self._probe, self._rng = probe, rng
+
+    async def round(self, part: int = 0, parts: int = 1) -> list[PointStreams]:
+        """Every point once, in a random order, or every `parts`th from the `part`th on. Raises
+        EnvironmentProblem."""
+        points = self.points[part::parts]
+        return [await self._probe.measure(point) for point in self._rng.sample(points, len(points))]
+
+
+@asynccontextmanager
+async def server_to_measure(
+    url: str,
+    model: str | None,
+    max_prompt: int | None,
+    max_requests: int,
+    rng: Random,
+    lone_pause_s: float = LONE_PAUSE_S,
+) -> AsyncIterator[MeasuredServer]:
+    """The server at `url`; the grid goes up to `max_prompt` tokens, by default half of the model's context.
+
+    Raises EnvironmentProblem, and ValueError for limits that the model does not allow.
+    """
+    async with session_to_measure() as session:
+        served = await served_model(session, url, model)
+        longest = _longest_prompt(served, max_prompt)
+        points = grid(Limits(max_prompt=longest, max_requests=max_requests, kv_tokens=KV_TOKENS))
+        probe = UrlProbe(session, url, served, rng, lone_pause_s)
+        yield MeasuredServer(probe, served, points, rng)
+
+
 async def measure_url(
     url: str,
     *,
@@ -254,6 +331,7 @@ async def measure_url(
     seconds: float,
     seed: int,
     say: Callable[[str], None],
+    lone_pause_s: float = LONE_PAUSE_S,
 ) -> tuple[ServedModel, list[PointStreams]]:
     """Go over the grid in shuffled rounds until the time is spent; the first round is warm-up.
 
@@ -264,18 +342,12 @@ async def measure_url(
     rng = Random(seed)
     loop = asyncio.get_running_loop()
     visits: list[PointStreams] = []
-    async with session_to_measure() as session:
-        served = await served_model(session, url, model)
-        longest = _longest_prompt(served, max_prompt)
-        points = grid(Limits(max_prompt=longest, max_requests=max_requests, kv_tokens=KV_TOKENS))
-        probe = UrlProbe(session, url, served, rng)
+    async with server_to_measure(url, model, max_prompt, max_requests, rng, lone_pause_s) as server:
         began_s, rounds = loop.time(), -1
         while rounds < LEAST_ROUNDS or loop.time() - began_s < seconds:
             rounds += 1
-            for point in rng.sample(points, len(points)):
-                visit = await probe.measure(point)
-                if rounds:
-                    visits.append(visit)
+            found = await server.round()
+            visits += found if rounds else []
             what = f"round {rounds}" if rounds else "warm-up"
-            say(f"{what}: {len(points)} points, {loop.time() - began_s:.0f} s")
-    return served, visits
+            say(f"{what}: {len(found)} points, {loop.time() - began_s:.0f} s")
+    return server.model, visits

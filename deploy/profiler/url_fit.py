@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from urllib.parse import urlsplit
 
-from cluster.latency import Batch
-from cluster.latency_fit import Sample, summarise
+from cluster.latency import Batch, LatencyProfile
+from cluster.latency_fit import Sample, fit_decode, fit_decode_levels, residuals_of, summarise
 from deploy.profiler.engine import Measured
-from deploy.profiler.fit import Fit, fit_costs, medians, model_of
+from deploy.profiler.fit import DECODE, SEGMENT_GAIN, Fit, fit_costs, medians, model_of, table, too_few
+from deploy.profiler.machine import machine, versions
 from deploy.profiler.streams import (
     PointStreams,
     burst_s,
     decode_segments,
+    fixed_part_s,
     handover,
     split_fixed_part,
 )
+from deploy.profiler.url import PROMPTS_BESIDE
 
 DECODE_BESIDE, PROMPT_BESIDE = "decode beside prompts", "prompt beside decodes"
 
@@ -45,29 +49,35 @@ class UrlFit:
 
 def fit_streams(visits: Sequence[PointStreams]) -> UrlFit:
     """Raises `fit.TooFewPoints`."""
-    alone: list[Measured] = []
+    bursts: list[Measured] = []
+    decodes: list[Measured] = []
     beside: list[Measured] = []
     for visit in visits:
         if visit.point.kind == "prefill":
-            alone.append(_burst(visit))
+            bursts += _bursts(visit, visit.point.requests)
             continue
         for segment in decode_segments(visit.streams):
             measured = Measured(point=visit.point, batch=segment.batch, seconds=segment.seconds)
             if not segment.beside:
-                alone.append(measured)
+                decodes.append(measured)
             elif visit.point.kind == "mixed":
                 beside.append(measured)
-    samples = medians(alone, least_repeats=1)
-    # Seen through a network and a front end, so few batches do not bear more.
-    fit = fit_costs(samples, max_segments=1)
+    # Seen through a network and a front end, so few batches do not bear more than one segment.
+    decode_samples = medians(decodes, least_repeats=1)
+    try:
+        again_s = fixed_part_s(fit_decode(decode_samples, 1)[0])
+    except ValueError as error:
+        raise too_few((), decode_samples, error) from None
+    samples = medians((_one_iteration(burst, again_s) for burst in bursts), least_repeats=1)
+    samples = sorted(samples + decode_samples)
+    fit = _with_levels(fit_costs(samples, max_segments=1), decodes, decode_samples)
     together = model_of(fit.prefill, fit.decode)
     slowed_decodes = [m.seconds / together.iteration_s(m.batch) for m in beside]
     slowed_prompts = [
-        stream.ttft_s / together.iteration_s(_whole(stream.prompt_tokens))
+        burst.seconds / (together.iteration_s(burst.batch) + again_s)
         for visit in visits
         if visit.point.kind == "mixed"
-        for stream in visit.streams
-        if not stream.decodes
+        for burst in _bursts(visit, PROMPTS_BESIDE)
     ]
     residuals = dict(fit.residuals)
     for name, factors in ((DECODE_BESIDE, slowed_decodes), (PROMPT_BESIDE, slowed_prompts)):
@@ -92,18 +102,70 @@ def fit_streams(visits: Sequence[PointStreams]) -> UrlFit:
     )
 
 
-def _burst(visit: PointStreams) -> Measured:
-    lengths = [stream.prompt_tokens for stream in visit.streams]
-    batch = Batch(
-        prefill_tokens=sum(lengths),
-        prefill_attention=sum(length**2 for length in lengths),
-        prefill_requests=len(lengths),
+def _with_levels(fit: Fit, decodes: Sequence[Measured], samples: Sequence[Sample]) -> Fit:
+    """The fit with a level for each size of decoding batches, if that says more of visits it did not see."""
+    seen, unseen = medians(decodes[::2], least_repeats=1), medians(decodes[1::2], least_repeats=1)
+    try:
+        line = residuals_of(model_of(fit.prefill, fit_decode(seen, 1)[0]), unseen)
+        levels = residuals_of(model_of(fit.prefill, fit_decode_levels(seen)), unseen)
+    except ValueError:  # too few for halves
+        return fit
+    if levels.median > (1 - SEGMENT_GAIN) * line.median:
+        return fit
+    return replace(fit, decode=fit_decode_levels(samples), residuals={**fit.residuals, DECODE: levels})
+
+
+def profile_of(found: UrlFit, model: str, url: str, visits: Sequence[PointStreams]) -> LatencyProfile:
+    """The profile of a server at `url`; what it runs on is known only where that is this machine."""
+    here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    return LatencyProfile(
+        model=model,
+        machine=machine() if here else "unknown: measured over the network",
+        versions=versions() if here else {},
+        source=f"pdserve profile --url: {sum(len(visit.streams) for visit in visits):,} streams, client "
+        + ("on the same machine" if here else "on another machine"),
+        prefill=found.fit.prefill,
+        decode=found.fit.decode,
+        region=found.fit.region._asdict(),
+        residuals=found.fit.residuals,
+        frontend_s=found.frontend_s,
+        handoff_s=found.handoff_s,
+        handoff_token_s=found.handoff_token_s,
+        prefill_contention=max(1.0, found.prompt_slowdown),
+        decode_contention=max(1.0, found.decode_slowdown),
     )
-    return Measured(point=visit.point, batch=batch, seconds=burst_s(visit.streams))
 
 
-def _whole(tokens: int) -> Batch:
-    return Batch(prefill_tokens=tokens, prefill_attention=tokens**2, prefill_requests=1)
+def table_of(found: UrlFit, profile: LatencyProfile) -> str:
+    """The fit for people."""
+    notes = {
+        "front end": f"{found.frontend_s * 1e3:.2f} ms, not in the prefill costs above",
+        "hand-over": f"{found.handoff_s * 1e3:.2f} ms, {found.handoff_token_s * 1e6:.2f} us per prompt token",
+        "beside the other phase": f"decodes take {found.decode_slowdown:.2f} x, time to first token "
+        f"{found.prompt_slowdown:.2f} x (a prompt always under way)",
+    }
+    return table(profile, found.samples, notes, frontend_s=found.frontend_s)
+
+
+def _bursts(visit: PointStreams, size: int) -> list[Measured]:
+    """The time of each burst, as if it were one batch."""
+    measured = []
+    for burst in visit.bursts(size):
+        lengths = [stream.prompt_tokens for stream in burst]
+        batch = Batch(
+            prefill_tokens=sum(lengths),
+            prefill_attention=sum(length**2 for length in lengths),
+            prefill_requests=len(lengths),
+        )
+        measured.append(Measured(point=visit.point, batch=batch, seconds=burst_s(burst)))
+    return measured
+
+
+def _one_iteration(burst: Measured, again_s: float) -> Measured:
+    """What it had taken in one iteration: of several prompts the first has one for itself."""
+    if burst.batch.prefill_requests == 1:
+        return burst
+    return replace(burst, seconds=max(burst.seconds - again_s, burst.seconds / 2))
 
 
 def _lone(context_tokens: int) -> Batch:

@@ -94,6 +94,10 @@ class SimLife:
             HopKind.WHOLE: profile.frontend_s if profile else hop_s,
             HopKind.DECODE: profile.handoff_s if profile else hop_s,
         }
+        # Of a network that the spec gives, the links take their time for the bytes.
+        network = cluster.spec.sim.network
+        is_known = network.nic_gbps or network.nvlink_gbps or cluster.spec.sim.hardware
+        self._token_delay_s = profile.handoff_token_s if profile and not is_known else 0.0
         self._on_the_way: dict[str, asyncio.TimerHandle] = {}
         self._ready_s = 0.0
         self._serving: asyncio.Task[None] | None = None
@@ -153,6 +157,8 @@ class SimLife:
     def send(self, hop: Hop) -> None:
         self._cluster.watcher.sent(hop, asyncio.get_running_loop().time())
         delay_s = self._delay_s[hop.kind]
+        if self._token_delay_s and hop.kind is HopKind.DECODE:
+            delay_s += self._token_delay_s * len(hop.prompt_token_ids)
         if delay_s:
             self._on_the_way[hop.hop_id] = asyncio.get_running_loop().call_later(
                 delay_s, self._receive, hop.hop_id, _request(hop)

@@ -6,8 +6,9 @@ python -m benchmarks.fidelity --keep FILE    # also keep what was measured ...
 python -m benchmarks.fidelity --again FILE   # ... to fit and simulate it again
 
 Starts `deploy/specs/cpu.yaml` (one prefill, one decode instance, real vLLM and NIXL). A round measures it as
-`pdserve profile --url` does, every point of the grid once, then sends a workload at three loads. The speed of
-a shared machine drifts within minutes, so the profile is fitted to the points of all rounds, and nothing of
+`pdserve profile --url` does, every point of the grid once, and sends a workload at three loads in between.
+The speed of a shared machine drifts within minutes: the profile is fitted to the points of all rounds, and
+for each load it is scaled to the pace of the points that were measured just before and after it. Nothing of
 what the loads measured goes into it. What was really sent, the lengths and the send times of the live runs,
 is simulated then.
 """
@@ -26,17 +27,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from benchmarks.cluster import ROOT, URL, cluster, wait_serving
+from cluster.latency import DecodeCost, LatencyProfile, PrefillCost
 from cluster.request import Slo
 from cluster.spec import ClusterSpec, load_spec
 from deploy.model_store import tiny_model_ready
 from deploy.profiler.streams import PointStreams
 from deploy.profiler.url import server_to_measure
-from deploy.profiler.url_fit import fit_streams, profile_of, table_of
+from deploy.profiler.url_fit import fit_streams, paces, profile_of, table_of
 from deploy.replay import ReplayOptions, replay
 from deploy.replay_report import ReplayReport
 from deploy.simulator.result import SimulationResult
@@ -90,13 +92,22 @@ class Pair:
     simulated: SimulationResult
 
 
+Pairs = dict[float, list[Pair]]
+Cost = TypeVar("Cost", PrefillCost, DecodeCost)
+
+
 @dataclass
 class Measured:
-    """What one run of the benchmark measured: the profile's points, and the live runs by load."""
+    """What one run of the benchmark measured: points of the profile, load, points, load, ..., points."""
 
     model: str = ""
-    visits: list[PointStreams] = field(default_factory=list)
-    live: dict[float, list[ReplayReport]] = field(default_factory=dict)
+    slices: list[list[PointStreams]] = field(default_factory=list)
+    live: list[tuple[float, int, ReplayReport]] = field(default_factory=list)
+
+    @property
+    def visits(self) -> list[PointStreams]:
+        """All points."""
+        return [visit for part in self.slices for visit in part]
 
 
 def build_model(directory: Path, size: str) -> Path:
@@ -142,7 +153,7 @@ def workload(plan: Plan, rate: float, seed: int) -> list[WorkloadRequest]:
     return [replace(r, arrival_s=r.arrival_s / rate) for r in requests[: counts[rate]]]
 
 
-async def one_round(measured: Measured, plan: Plan, number: int) -> None:
+async def one_round(measured: Measured, plan: Plan, number: int, *, last: bool) -> None:
     """A third of the points of the profile's grid, a load, the next third, and so on."""
     rng = Random(f"profile/{number}")
     async with server_to_measure(URL, None, plan.max_input, plan.max_concurrency, rng) as server:
@@ -151,12 +162,14 @@ async def one_round(measured: Measured, plan: Plan, number: int) -> None:
         if not number:
             await server.round(0, 3)  # warm-up
         for part, (rate, _) in enumerate(plan.loads):
-            measured.visits += await server.round(part, len(plan.loads))
+            measured.slices.append(await server.round(part, len(plan.loads)))
             # Other prompts at each load, else they would be in the prefix cache.
             options = ReplayOptions(seed=number * len(plan.loads) + part)
             report = await replay(URL, workload(plan, rate, seed=number), options)
-            measured.live.setdefault(rate, []).append(report)
+            measured.live.append((rate, number, report))
             print(f"round {number + 1}, {rate:g}/s: {report.counts}", file=sys.stderr, flush=True)
+        if last:
+            measured.slices.append(await server.round(0, len(plan.loads)))
 
 
 def measure(spec: Path, plan: Plan, rounds: int) -> Measured:
@@ -165,8 +178,28 @@ def measure(spec: Path, plan: Plan, rounds: int) -> Measured:
     with cluster("", spec=str(spec)) as running:
         print(f"serving after {wait_serving(running):.1f} s", file=sys.stderr, flush=True)
         for number in range(rounds):
-            asyncio.run(one_round(measured, plan, number))
+            asyncio.run(one_round(measured, plan, number, last=number == rounds - 1))
     return measured
+
+
+def at_pace(profile: LatencyProfile, visits: Sequence[PointStreams]) -> LatencyProfile:
+    """The profile, as much slower or faster as these points were than it says."""
+    prefill, decode = paces(profile, visits)
+    return profile.model_copy(
+        update={
+            "prefill": tuple(scaled(cost, prefill) for cost in profile.prefill),
+            "decode": tuple(scaled(cost, decode) for cost in profile.decode),
+        }
+    )
+
+
+def scaled(cost: Cost, factor: float) -> Cost:
+    """A cost times a factor."""
+    raw = cost.model_dump()
+    raw |= {name: value * factor for name, value in raw.items() if name.endswith("_s")}
+    if "levels" in raw:
+        raw["levels"] = tuple((size, seconds * factor) for size, seconds in raw["levels"])
+    return type(cost).model_validate(raw)
 
 
 def simulated(spec: ClusterSpec, live: ReplayReport, plan: Plan, rate: float, seed: int) -> Pair:
@@ -174,6 +207,18 @@ def simulated(spec: ClusterSpec, live: ReplayReport, plan: Plan, rate: float, se
     requests = workload(plan, rate, seed)
     sent = [replace(requests[o.index], arrival_s=o.sent_s) for o in live.outcomes]
     return Pair(live, Simulation(spec, sorted(sent, key=lambda request: request.arrival_s)).run())
+
+
+def all_simulated(measured: Measured, plan: Plan, profile: LatencyProfile, spec_path: Path) -> Pairs:
+    """Every live run beside its simulation, by load."""
+    pairs: Pairs = {}
+    for at, (rate, number, live) in enumerate(measured.live):
+        around = [visit for part in measured.slices[at : at + 2] for visit in part]
+        path = spec_path.with_name("pace.json")
+        at_pace(profile, around).save(path)
+        spec = load_spec(spec_path, {"sim": {"profile": str(path)}})
+        pairs.setdefault(rate, []).append(simulated(spec, live, plan, rate, number))
+    return pairs
 
 
 def attainment(pair: Pair, slo: Slo) -> tuple[float, float]:
@@ -219,7 +264,7 @@ COLUMNS = (
 HEADER = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
 
 
-def print_table(pairs: dict[float, list[Pair]]) -> None:
+def print_table(pairs: Pairs) -> None:
     """A line per load, under bounds between what an idle cluster and a full one give."""
     idle = next(iter(pairs.values()))
     slo = Slo(
@@ -256,13 +301,7 @@ def main() -> None:
         profile_path = args.profile or directory / "profile.json"
         profile.save(profile_path)
         print(table_of(found, profile))
-        spec = load_spec(spec_path, {"sim": {"profile": str(profile_path)}})
-        print_table(
-            {
-                rate: [simulated(spec, live, plan, rate, seed) for seed, live in enumerate(reports)]
-                for rate, reports in measured.live.items()
-            }
-        )
+        print_table(all_simulated(measured, plan, profile, spec_path))
 
 
 if __name__ == "__main__":

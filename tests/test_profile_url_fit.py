@@ -11,7 +11,7 @@ from deploy.profiler.fit import TooFewPoints, model_of
 from deploy.profiler.grid import Limits, Point, grid
 from deploy.profiler.streams import PointStreams, Stream
 from deploy.profiler.url import PROMPTS_BESIDE
-from deploy.profiler.url_fit import DECODE_BESIDE, PROMPT_BESIDE, fit_streams
+from deploy.profiler.url_fit import DECODE_BESIDE, PROMPT_BESIDE, fit_streams, paces, profile_of
 
 PREFILL = PrefillCost(base_s=0.003, token_s=40e-6, attention_s=20e-9, request_s=200e-6)
 DECODE = DecodeCost(base_s=0.0027, request_s=300e-6, context_s=0.3e-6)
@@ -141,3 +141,17 @@ def test_a_batch_size_that_is_faster_than_smaller_ones_gets_its_own_level() -> N
     for requests, seconds in {**at, 10: 0.0038}.items():
         assert model.iteration_s(Batch(decode_requests=requests)) == pytest.approx(seconds, rel=0.02)
     assert found.fit.residuals["decode, held out"].p90 < 0.02
+
+
+def test_the_pace_of_points_is_told_beside_a_profile() -> None:
+    points = [visit(point) for point in POINTS]
+    profile = profile_of(fit_streams(points), "m", "http://elsewhere", points)
+    assert paces(profile, points) == pytest.approx((1.0, 1.0), rel=0.01)
+    assert paces(profile, [found for found in points if found.point.kind == "mixed"])[0] == 1.0
+
+    def slower(stream: Stream) -> Stream:
+        times = tuple(stream.sent_s + 1.5 * (at_s - stream.sent_s) for at_s in stream.times_s)
+        return replace(stream, times_s=times)
+
+    late = [replace(found, streams=tuple(map(slower, found.streams))) for found in points]
+    assert paces(profile, late) == pytest.approx((1.5, 1.5), rel=0.02)

@@ -115,6 +115,21 @@ def _with_levels(fit: Fit, decodes: Sequence[Measured], samples: Sequence[Sample
     return replace(fit, decode=fit_decode_levels(samples), residuals={**fit.residuals, DECODE: levels})
 
 
+def paces(profile: LatencyProfile, visits: Sequence[PointStreams]) -> tuple[float, float]:
+    """How many times as long as a profile says prompts, and decodes, took: medians over points, 1 without."""
+    model, again_s = model_of(profile.prefill, profile.decode), fixed_part_s(profile.decode)
+    prompts, decodes = [], []
+    for visit in visits:
+        if visit.point.kind == "prefill":
+            for burst in _bursts(visit, visit.point.requests):
+                expected_s = model.iteration_s(burst.batch) + profile.frontend_s
+                prompts.append(_one_iteration(burst, again_s).seconds / expected_s)
+        else:
+            segments = [segment for segment in decode_segments(visit.streams) if not segment.beside]
+            decodes += [segment.seconds / model.iteration_s(segment.batch) for segment in segments]
+    return median(prompts or [1.0]), median(decodes or [1.0])
+
+
 def profile_of(found: UrlFit, model: str, url: str, visits: Sequence[PointStreams]) -> LatencyProfile:
     """The profile of a server at `url`; what it runs on is known only where that is this machine."""
     here = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")

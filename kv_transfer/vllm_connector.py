@@ -6,15 +6,13 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
   carries tokens generated elsewhere can be handed over at any length;
 - blocks that nobody will read are released at once, by id, instead of when their lease ends;
 - the progress thread of NIXL sleeps between polls (`nixl_progress`);
-- on CPUs the thread that computes the model stays where it was, and is not bound to the machine's last core,
-  and gives way to those that move requests, KV and tokens;
+- on CPUs the thread that computes the model stays where it was, and is not bound to the machine's last core;
 - the engine's processes end with the process that started them (`orphan`).
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 from cluster import vllm_api
@@ -28,11 +26,6 @@ NixlPullConnectorScheduler: Any = vllm_api.NixlPullConnectorScheduler
 NixlPullConnectorWorker: Any = vllm_api.NixlPullConnectorWorker
 NixlConnectorMetadata: Any = vllm_api.NixlConnectorMetadata
 KVConnectorRole: Any = vllm_api.KVConnectorRole
-
-
-# The thread that computes a model on CPUs has all the work there is, and everybody waits for the threads
-# beside it, which take requests, move KV and send tokens and are done in no time. So it gives way to them.
-MODEL_NICENESS = 10
 
 
 class PdMetadata(NixlConnectorMetadata):  # type: ignore[misc]
@@ -91,8 +84,6 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         # On CPUs vLLM binds this thread to the machine's last core, for the transfers; but it computes the
         # model as well, and every engine's would be on that core.
         os.sched_setaffinity(0, cores)
-        if args[0].device_config.device_type == "cpu":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), MODEL_NICENESS)
         self._done_without_reader: set[str] = set()
 
     def start_load_kv(self, metadata: PdMetadata) -> None:

@@ -338,17 +338,6 @@ async def test_no_engine_is_bound_to_a_core_that_others_are_bound_to(url: str) -
             assert os.sched_getaffinity(int(thread)) == os.sched_getaffinity(0), row["instance_id"]
 
 
-async def test_the_thread_with_the_model_gives_way_to_the_others(url: str) -> None:
-    from kv_transfer.vllm_connector import MODEL_NICENESS
-
-    await wait_ready(url, 60)
-    for row in (await asyncio.to_thread(fetch_status, url))["instances"]:
-        threads = [int(thread) for thread in os.listdir(f"/proc/{row['pid']}/task")]
-        nice = [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads]
-        assert max(nice) == MODEL_NICENESS, row["instance_id"]
-        assert nice.count(0) >= len(threads) / 2, row["instance_id"]
-
-
 async def test_a_killed_decode_instance_is_not_noticed_by_its_clients(url: str, client: Any) -> None:
     await wait_ready(url, 60)
     requests = [{"prompt": [300 + i] * 50, "max_tokens": 400} for i in range(4)]

@@ -160,7 +160,7 @@ async def one_round(measured: Measured, plan: Plan, number: int, *, last: bool) 
         measured.model = server.model.name
         server.points = [point for point in server.points if point.requests * point.tokens <= LARGEST_BURST]
         if not number:
-            await server.round(0, 3)  # warm-up
+            await server.round(0, len(plan.loads))  # warm-up
         for part, (rate, _) in enumerate(plan.loads):
             measured.slices.append(await server.round(part, len(plan.loads)))
             # Other prompts at each load, else they would be in the prefix cache.
@@ -212,9 +212,9 @@ def simulated(spec: ClusterSpec, live: ReplayReport, plan: Plan, rate: float, se
 def all_simulated(measured: Measured, plan: Plan, profile: LatencyProfile, spec_path: Path) -> Pairs:
     """Every live run beside its simulation, by load."""
     pairs: Pairs = {}
+    path = spec_path.with_name("pace.json")
     for at, (rate, number, live) in enumerate(measured.live):
         around = [visit for part in measured.slices[at : at + 2] for visit in part]
-        path = spec_path.with_name("pace.json")
         at_pace(profile, around).save(path)
         spec = load_spec(spec_path, {"sim": {"profile": str(path)}})
         pairs.setdefault(rate, []).append(simulated(spec, live, plan, rate, number))
@@ -298,8 +298,8 @@ def main() -> None:
             args.keep.write_bytes(pickle.dumps(measured))
         found = fit_streams(measured.visits)
         profile = profile_of(found, measured.model, URL, measured.visits)
-        profile_path = args.profile or directory / "profile.json"
-        profile.save(profile_path)
+        if args.profile:
+            profile.save(args.profile)
         print(table_of(found, profile))
         print_table(all_simulated(measured, plan, profile, spec_path))
 

@@ -216,7 +216,7 @@ class ProfiledLatency:
             ((_limit(c.up_to_requests), c) for c in profile.decode), key=lambda pair: pair[0]
         )
         self._region = Batch(**profile.region)
-        self._requests_s: dict[int, tuple[float, float, float]] = {}
+        self._known_parts: dict[int, tuple[float, float, float]] = {}
 
     @property
     def region(self) -> Batch | None:
@@ -240,11 +240,11 @@ class ProfiledLatency:
 
     def _decode_parts(self, requests: int) -> tuple[float, float, float]:
         """(base, part of the requests, seconds per token of context) of a batch; there are few sizes."""
-        known = self._requests_s.get(requests)
+        known = self._known_parts.get(requests)
         if known is None:
             cost = _cost(self._decode, requests)
             known = (cost.base_s, cost.requests_s(requests), cost.context_s)
-            self._requests_s[requests] = known
+            self._known_parts[requests] = known
         return known
 
 

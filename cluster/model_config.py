@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.errors import SpecError
+from cluster.json_file import read_object
 from cluster.model_shape import Experts, LatentAttention, ModelShape
 
 
@@ -16,16 +16,7 @@ def read_config(path: Path) -> ModelShape:
     Raises SpecError for a file that is none, a missing size (named), and layers that aren't attention.
     """
     file = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(
-            file=str(file), path="", value=error.strerror, allowed="name a config.json or its directory"
-        ) from None
-    except ValueError as error:
-        raise SpecError(file=str(file), path="", value=str(error), allowed="a config is JSON") from None
-    if not isinstance(raw, Mapping):
-        raise SpecError(file=str(file), path="", value=raw, allowed="a config is a JSON object")
+    raw = read_object(file, kind="a config", name="a config.json or its directory")
     return _ConfigReader(file, raw).shape()
 
 

@@ -214,19 +214,24 @@ def test_two_processes_write_the_same_bytes() -> None:
     assert b"cancelled" in told[0]
 
 
-def test_phases_that_share_cores_slow_each_other_while_both_compute(tmp_path: Path) -> None:
-    profile = LatencyProfile(
+def profile_file(directory: Path, **found: float) -> str:
+    """A profile of engines that take 0.1 s for any prompt and 0.02 s for any step of decodes."""
+    path = directory / "p.json"
+    LatencyProfile(
         model="m",
         machine="two cores",
         source="made up",
         prefill=(PrefillCost(base_s=0.1, token_s=0.0),),
         decode=(DecodeCost(base_s=0.02),),
         region=Batch(1000, 1_000_000, 10, 10, 10_000)._asdict(),
-        prefill_contention=1.5,
-        decode_contention=2.0,
-    )
-    profile.save(tmp_path / "p.json")
-    spec = spec_of(sim={"profile": str(tmp_path / "p.json"), "max_model_len": 512})
+        **found,  # type: ignore[arg-type]
+    ).save(path)
+    return str(path)
+
+
+def test_phases_that_share_cores_slow_each_other_while_both_compute(tmp_path: Path) -> None:
+    profile = profile_file(tmp_path, prefill_contention=1.5, decode_contention=2.0)
+    spec = spec_of(sim={"profile": profile, "max_model_len": 512})
     asked = [WorkloadRequest(arrival_s=at_s, input_tokens=64, output_tokens=21) for at_s in (0.0, 0.25)]
     first, second = Simulation(spec, asked).run().requests
     # The first decodes from 0.10 s on, alone until 0.25 s: 7.5 tokens. Then the second's prompt takes 1.5 x
@@ -240,18 +245,9 @@ def test_phases_that_share_cores_slow_each_other_while_both_compute(tmp_path: Pa
 def test_a_hand_over_takes_what_the_profile_says_of_it(
     network: dict[str, float], delay_s: float, tmp_path: Path
 ) -> None:
-    LatencyProfile(
-        model="m",
-        machine="one",
-        source="made up",
-        prefill=(PrefillCost(base_s=0.1, token_s=0.0),),
-        decode=(DecodeCost(base_s=0.02),),
-        region=Batch(1000, 1_000_000, 10, 10, 10_000)._asdict(),
-        handoff_s=0.05,
-        handoff_token_s=0.001,
-    ).save(tmp_path / "p.json")
+    profile = profile_file(tmp_path, handoff_s=0.05, handoff_token_s=0.001)
     links = {"latency_s": 0.0, **network}
-    spec = spec_of(sim={"profile": str(tmp_path / "p.json"), "max_model_len": 512, "network": links})
+    spec = spec_of(sim={"profile": profile, "max_model_len": 512, "network": links})
     asked = [WorkloadRequest(arrival_s=0.0, input_tokens=64, output_tokens=3)]
     (request,) = Simulation(spec, asked).run().requests
     assert request.end_s == pytest.approx(0.1 + delay_s + 2 * 0.02)

@@ -6,7 +6,6 @@ They drive simulations of the papers' own engines, which no longer exist to be m
 from __future__ import annotations
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.errors import SpecError
+from cluster.json_file import read_object
 from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost
 from cluster.latency_fit import Sample, fit_decode, fit_prefill
 
@@ -45,7 +45,7 @@ def distserve_profile(path: Path | str, model: str, tensor_parallel_size: int) -
     Raises SpecError for a file that is none, and for a model or a size that it doesn't have.
     """
     path = Path(path)
-    fits = _read_json(path)
+    fits = read_object(path, kind="a profiler file", name="one of DistServe's profiler files")
     name = next((key for key in fits if model in (key, key.rpartition("/")[2])), None)
     if name is None:
         raise _not_in(path, "model", model, list(fits))
@@ -203,22 +203,6 @@ def _whole_batches(rows: Sequence[SplitwiseRow]) -> list[SplitwiseRow]:
             cut.add(tokens)
         longest = max(longest, median(seconds))
     return [row for row in rows if row.prompt_tokens * row.requests not in cut]
-
-
-def _read_json(path: Path) -> Mapping[str, object]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(
-            file=str(path), path="", value=error.strerror, allowed="name one of DistServe's profiler files"
-        ) from None
-    except ValueError as error:
-        raise SpecError(
-            file=str(path), path="", value=str(error), allowed="a profiler file is JSON"
-        ) from None
-    if not isinstance(raw, Mapping):
-        raise SpecError(file=str(path), path="", value=raw, allowed="a profiler file is a JSON object")
-    return raw
 
 
 def _not_in(path: Path, where: str, value: object, known: Sequence[str]) -> SpecError:

@@ -12,7 +12,7 @@ from deploy.simulator.groups import RequestGroup
 from deploy.simulator.report import SimulationReport
 from deploy.simulator.result import STAGES, SimulationResult
 from deploy.simulator.svg_plot import escape
-from deploy.simulator.table import amount_of_bytes, share, slo_bound
+from deploy.simulator.table import amount_of_bytes, pool_cells, share, slo_bound
 
 STYLE = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")
@@ -162,21 +162,7 @@ def _class_row(group: RequestGroup) -> list[str]:
 
 
 def _pool_rows(report: SimulationReport) -> list[list[str]]:
-    return [
-        [
-            pool.role.value,
-            f"{pool.instances:,}",
-            f"{pool.gpus:,}",
-            share(pool.busy_share),
-            share(pool.kv_mean),
-            share(pool.kv_peak),
-            share(pool.prefix_hit_share),
-            f"{pool.preemptions:,}",
-            "-" if pool.decode_batch is None else f"{pool.decode_batch:.1f}",
-            f"{pool.starts:,}",
-        ]
-        for pool in report.pools
-    ]
+    return [[*pool_cells(pool), f"{pool.starts:,}"] for pool in report.pools]
 
 
 def _cells(row: Distribution | None) -> list[str]:

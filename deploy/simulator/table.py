@@ -170,6 +170,21 @@ def _miss_lines(report: SimulationReport) -> list[str]:
     return [*lines, *([f"  {'others':<16}{rest:>10,}{share(rest / report.missed):>8}"] if rest else [])]
 
 
+def pool_cells(pool: PoolUse) -> tuple[str, ...]:
+    """Role, instances, GPUs, busy, KV on average and at most, prefix hits, preemptions, decode batch."""
+    return (
+        pool.role.value,
+        f"{pool.instances:,}",
+        f"{pool.gpus:,}",
+        share(pool.busy_share),
+        share(pool.kv_mean),
+        share(pool.kv_peak),
+        share(pool.prefix_hit_share),
+        f"{pool.preemptions:,}",
+        "-" if pool.decode_batch is None else f"{pool.decode_batch:.1f}",
+    )
+
+
 def _pool_lines(pools: Sequence[PoolUse]) -> list[str]:
     rows: list[tuple[str, ...]] = [
         (
@@ -184,20 +199,7 @@ def _pool_lines(pools: Sequence[PoolUse]) -> list[str]:
             "decode batch",
         )
     ]
-    rows += [
-        (
-            pool.role.value,
-            f"{pool.instances:,}",
-            f"{pool.gpus:,}",
-            share(pool.busy_share),
-            share(pool.kv_mean),
-            share(pool.kv_peak),
-            share(pool.prefix_hit_share),
-            f"{pool.preemptions:,}",
-            "-" if pool.decode_batch is None else f"{pool.decode_batch:.1f}",
-        )
-        for pool in pools
-    ]
+    rows += [pool_cells(pool) for pool in pools]
     return _table(rows, (10, 10, 7, 9, 10, 10, 13, 12, 14)) if pools else []
 
 

@@ -56,12 +56,20 @@ class ServeRequest:
         max_tokens: output tokens at most, at least 1.
         handoff: what may change engines. Unless it is TOKENS, the request is deterministic (greedy, or with
             a seed), so that running it again on another engine gives the tokens the client already has.
+        slo, slo_class: what it needs, and the name of its class; empty for none.
+        priority: as vLLM's, lower is more important.
+        session_id, tenant: who sends it; empty where the client does not say.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     max_tokens: int
     handoff: Handoff = Handoff.TOKENS
+    slo: Slo = NO_SLO
+    slo_class: str = ""
+    priority: int = 0
+    session_id: str = ""
+    tenant: str = ""
 
 
 @dataclass(slots=True, kw_only=True)

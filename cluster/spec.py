@@ -8,7 +8,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -17,18 +16,16 @@ from pydantic import (
 )
 
 from cluster.errors import SpecError
+from cluster.frozen import Frozen
 from cluster.instance import Role
+from cluster.slo_spec import SloSpec
 
 EngineOptions = dict[str, Any]
 # The policy with which one pool may be empty: every instance serves both phases.
 UNSPLIT = "unsplit"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PoolSpec(_Frozen):
+class PoolSpec(Frozen):
     """One pool: `count` equal instances of a role.
 
     Attributes:
@@ -56,7 +53,7 @@ class PoolSpec(_Frozen):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
-class IngressSpec(_Frozen):
+class IngressSpec(Frozen):
     """The OpenAI front end.
 
     Attributes:
@@ -75,7 +72,7 @@ class IngressSpec(_Frozen):
     decision_log: str | None = Field(default=None, min_length=1)
 
 
-class DeadlineSpec(_Frozen):
+class DeadlineSpec(Frozen):
     """How long a stage may go without progress before the request is moved or ended, in seconds.
 
     Attributes:
@@ -95,7 +92,7 @@ class DeadlineSpec(_Frozen):
     drain_s: PositiveFloat = 30.0
 
 
-class TransferSpec(_Frozen):
+class TransferSpec(Frozen):
     """How KV moves.
 
     Attributes:
@@ -107,7 +104,7 @@ class TransferSpec(_Frozen):
     ucx_tls: str | None = None
 
 
-class NetworkSpec(_Frozen):
+class NetworkSpec(Frozen):
     """The links that the twins' KV moves over; what is not given is the hardware's.
 
     Attributes:
@@ -125,7 +122,7 @@ class NetworkSpec(_Frozen):
     overlap: bool = False
 
 
-class SimEngineSpec(_Frozen):
+class SimEngineSpec(Frozen):
     """How fast and how large the twins are: after a profile, after a model shape on a GPU, or by fixed costs.
 
     Batching limits, block size and cache switches are vLLM's own keys in `engine_options`.
@@ -158,7 +155,7 @@ class SimEngineSpec(_Frozen):
     network: NetworkSpec = Field(default_factory=NetworkSpec)
 
 
-class ClusterSpec(_Frozen):
+class ClusterSpec(Frozen):
     """A cluster.
 
     Attributes:
@@ -186,6 +183,7 @@ class ClusterSpec(_Frozen):
     transfer: TransferSpec = Field(default_factory=TransferSpec)
     sim: SimEngineSpec = Field(default_factory=SimEngineSpec)
     policy: str = "least_tokens"
+    slo: SloSpec = Field(default_factory=SloSpec)
 
     @model_validator(mode="after")
     def _check(self) -> ClusterSpec:

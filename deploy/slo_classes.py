@@ -9,9 +9,10 @@ from pathlib import Path
 from random import Random
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from cluster.errors import SpecError
+from cluster.frozen import Frozen
 from cluster.request import NO_SLO, Slo
 from deploy.replay_report import parse_goodput
 from deploy.workload import WorkloadRequest
@@ -113,11 +114,7 @@ def assign_slo_classes(
     return tuple(assigned)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Entry(_Frozen):
+class _Entry(Frozen):
     """A class as the file has it."""
 
     name: str = Field(min_length=1)
@@ -136,7 +133,7 @@ class _Entry(_Frozen):
         )
 
 
-class _File(_Frozen):
+class _File(Frozen):
     classes: tuple[_Entry, ...] = Field(min_length=1)
 
 

@@ -32,6 +32,7 @@ from router.link_zmq import LinkKeeper
 from router.policy import make_policy
 from router.router import Router
 from router.sampling import UNSPLIT, handoff_of, needs_seed
+from router.traits import CURRENT
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             params.seed = self._seeds.getrandbits(31)
         request_id = request.request_id
         self._originals[request_id] = request
+        traits = CURRENT.get()
         try:
             self.router.submit(
                 ServeRequest(
@@ -143,6 +145,11 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                     prompt_token_ids=request.prompt_token_ids,
                     max_tokens=params.max_tokens,
                     handoff=handoff,
+                    slo=traits.slo,
+                    slo_class=traits.slo_class,
+                    priority=traits.priority + request.priority,
+                    session_id=traits.session_id,
+                    tenant=traits.tenant,
                 )
             )
         except ServingError as error:

@@ -13,6 +13,7 @@ from cluster import vllm_api
 from cluster.errors import SpecError
 from cluster.spec import ClusterSpec
 from cluster.vllm_options import server_arguments
+from router.traits import TraitsMiddleware
 from router.vllm_frontend import ClusterCore, RemoteLLM, RequestEnded, cluster_status
 
 _TASKS = ("generate",)
@@ -49,7 +50,8 @@ async def build_server(spec: ClusterSpec, core: ClusterCore) -> FastAPI:
     # vLLM's handlers end their own uvicorn through this when an engine is dead; ours stays up and says 503.
     app.state.server = SimpleNamespace(should_exit=False)
     _add_routes(app, core)
-    # vLLM's app has its middleware built already, without our exception handler: have it built again.
+    app.add_middleware(TraitsMiddleware, spec=spec.slo)
+    # vLLM's app has its middleware built already, without ours and our error handler: have it built again.
     app.middleware_stack = None
     return app
 

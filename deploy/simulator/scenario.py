@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, ValidationError
 
 from cluster.errors import SpecError
+from cluster.frozen import Frozen
 from cluster.spec import ClusterSpec
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Kill(_Frozen):
+class Kill(Frozen):
     """The instance's process dies; the controller starts another life."""
 
     kill: str
@@ -27,7 +24,7 @@ class Kill(_Frozen):
         return (self.kill,)
 
 
-class Slow(_Frozen):
+class Slow(Frozen):
     """The instance's iterations take `factor` times as long, for `for_s` seconds or to the end."""
 
     slow: str
@@ -40,7 +37,7 @@ class Slow(_Frozen):
         return (self.slow,)
 
 
-class Cut(_Frozen):
+class Cut(Frozen):
     """No KV gets from one instance to another, `cut: [prefill-0, decode-1]`, for `for_s` or to the end."""
 
     cut: tuple[str, str]
@@ -55,7 +52,7 @@ class Cut(_Frozen):
 Fault = Annotated[Kill | Slow | Cut, Field(union_mode="smart")]
 
 
-class Scenario(_Frozen):
+class Scenario(Frozen):
     """What a simulation must live through; times count from the first arrival.
 
     Attributes:

@@ -1,0 +1,53 @@
+"""The part of a spec that says what its requests need: classes, and who is in which."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from cluster.frozen import Frozen
+from cluster.request import Slo
+
+
+class SloClassSpec(Frozen):
+    """A class of requests.
+
+    Attributes:
+        ttft_ms, tpot_ms: bounds; one that isn't given is none.
+        priority: as vLLM's, lower is more important: served first, shed last.
+    """
+
+    ttft_ms: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
+    tpot_ms: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
+    priority: int = 0
+
+    @property
+    def slo(self) -> Slo:
+        """The bounds in seconds."""
+        ttft_s, tpot_s = (math.inf if ms is None else ms / 1000 for ms in (self.ttft_ms, self.tpot_ms))
+        return Slo(ttft_s=ttft_s, tpot_s=tpot_s)
+
+
+class SloSpec(Frozen):
+    """The classes.
+
+    Attributes:
+        default: class of a request that names none; without one, such a request has no bounds.
+        classes: by name.
+        by_api_key: class by API key, for requests that name none.
+    """
+
+    default: str | None = None
+    classes: dict[str, SloClassSpec] = Field(default_factory=dict)
+    by_api_key: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> SloSpec:
+        known = ", ".join(self.classes) or "none"
+        if self.default is not None and self.default not in self.classes:
+            raise ValueError(f"default is {self.default!r}, the classes are {known}")
+        for name in self.by_api_key.values():
+            if name not in self.classes:
+                raise ValueError(f"by_api_key names class {name!r}, the classes are {known}")
+        return self

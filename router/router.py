@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from cluster.errors import Draining, EngineFailure, InstanceLost, NoInstance, ServingError
@@ -54,6 +53,29 @@ class Client(Protocol):
     def forget(self, request_id: str) -> None:
         """The request is over, well or badly."""
         ...
+
+
+class OpenHop:
+    """A hop on its instance: sent when the block is entered, and stopped there if it has not ended when it is
+    left. A class, as a generator costs twice as much, and every request has two."""
+
+    __slots__ = ("_hop", "_hops", "_link")
+
+    def __init__(self, hops: dict[str, Hop], hop: Hop, link: Link) -> None:
+        self._hops, self._hop, self._link = hops, hop, link
+
+    def __enter__(self) -> None:
+        self._hops[self._hop.hop_id] = self._hop
+        try:
+            self._link.send(self._hop)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        del self._hops[self._hop.hop_id]
+        if not self._hop.engine_ended:
+            self._link.abort([self._hop.hop_id])
 
 
 class Router:
@@ -121,14 +143,16 @@ class Router:
     def submit(self, request: ServeRequest) -> None:
         """Begin to serve a request; its end comes as an output or through `Client.fail`.
 
+        It is decided here and now where it goes, and room is reserved: the next decision sees it.
+
         Raises:
             Draining: this router takes no new requests.
             NoInstance: a role has no READY instance.
         """
         if self._draining:
             raise Draining()
-        self._policy.decide(request, self.fleet, asyncio.get_running_loop().time())
         run = Run(request, self, asyncio.get_running_loop().time())
+        run.admit()
         task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
         self._runs[request.request_id] = task
         self._quiet.clear()
@@ -225,23 +249,15 @@ class Router:
         pools = [self.fleet.of(role) for role in Role]
         return any(pool and all(i.instance_id in tried for i in pool) for pool in pools)
 
-    @asynccontextmanager
-    async def open(self, hop: Hop) -> AsyncIterator[None]:
-        """Send a hop to its instance, and stop it there if it has not ended when the block is left."""
+    def open(self, hop: Hop) -> OpenHop:
+        """Send a hop to its instance, for as long as the block runs. Raises InstanceLost."""
         member = self.fleet.get(hop.instance_id)
         if member is None:
             raise InstanceLost(instance=hop.instance_id, stage=hop.kind.value)
         if hop.source is not None and hop.source.instance_id not in self.fleet:
             raise InstanceLost(instance=hop.source.instance_id, stage=hop.kind.value)
         hop.progress_s = asyncio.get_running_loop().time()
-        self._hops[hop.hop_id] = hop
-        try:
-            member.link.send(hop)
-            yield
-        finally:
-            del self._hops[hop.hop_id]
-            if not hop.engine_ended:
-                member.link.abort([hop.hop_id])
+        return OpenHop(self._hops, hop, member.link)
 
     def release(self, instance_id: str, request_ids: list[str]) -> None:
         """Let an instance free blocks that nobody will read."""
@@ -252,6 +268,7 @@ class Router:
     def _ended(self, run: Run, task: asyncio.Task[None]) -> None:
         """A run is over. A callback of its task: one cancelled before it began runs no code at all."""
         request_id = run.request.request_id
+        run.give_back()
         del self._runs[request_id]
         outcome = self._outcomes.pop(request_id, "ok")
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -15,6 +15,7 @@ from cluster.handle import KvHandle
 from cluster.request import Handoff, ServeRequest, Stage, Timeline
 from router.hop import Hop, HopKind
 from router.policy import Decision
+from router.view import Hold
 
 if TYPE_CHECKING:
     from router.router import Router
@@ -32,6 +33,9 @@ class Run:
         stage: where it is now.
         generated: output tokens sent to the client.
         timeline: when it reached its stages.
+
+    Room is reserved at both instances from the decision on: by the prompt's end where it is computed, by the
+    request's end where it decodes.
     """
 
     def __init__(self, request: ServeRequest, router: Router, now_s: float) -> None:
@@ -43,13 +47,30 @@ class Run:
         self._hops = 0
         self._read = False
         self._avoid: frozenset[str] = frozenset()
+        self._decision: Decision
+        self._holds: list[Hold] = []
+
+    def admit(self) -> None:
+        """Decide where it goes and reserve room there. Raises ServingError when it can't go anywhere."""
+        self._decision = decision = self._router.decide(self.request, self._avoid)
+        lone = self._lone_engine(decision)
+        tokens = len(self.request.prompt_token_ids) + self._carried()
+        places = (decision.prefill, decision.decode) if lone is None else (lone,)
+        self._holds = [self._router.reservations.hold(instance_id, tokens) for instance_id in places]
+
+    def give_back(self) -> None:
+        """Release what is reserved still."""
+        for hold in self._holds:
+            hold.release()
 
     async def serve(self) -> None:
-        """Serve the request to its end. Raises ServingError when it can't be."""
+        """Serve the request, which was admitted, to its end. Raises ServingError when it can't be."""
         deadlines = self._router.deadlines
         for attempt in range(1, deadlines.attempts + 1):
             try:
-                await self._attempt(self._router.decide(self.request, self._avoid))
+                if attempt > 1:
+                    self.admit()
+                await self._attempt(self._decision)
                 break
             except _CURABLE as error:
                 self._avoid |= {error.facts["instance"]}
@@ -57,6 +78,8 @@ class Run:
                 if attempt == deadlines.attempts or self._would_meet_the_same_queue(error):
                     raise
                 self._router.metrics.moves.labels(cause=error.reason, stage=self.stage.value).inc()
+            finally:
+                self.give_back()
         self.stage = Stage.DONE
         self.timeline.done_s = self._now()
 
@@ -65,29 +88,36 @@ class Run:
         return isinstance(error, StageTimeout) and self._router.all_tried(self._avoid)
 
     async def _attempt(self, decision: Decision) -> None:
-        replay = bool(self.generated) and self.request.handoff is not Handoff.TOKENS
-        remaining = self.request.max_tokens - (0 if replay else len(self.generated))
-        nothing_to_hand_over = len(self.request.prompt_token_ids) == 1 and (
-            self.request.handoff is not Handoff.TOKENS
-        )
-        if self.request.handoff is Handoff.NOTHING or nothing_to_hand_over:
-            await self._whole(decision.decode)
-        elif remaining == 1 or decision.prefill == decision.decode:
-            # Nothing to hand over, or nobody to hand it to.
-            await self._whole(decision.prefill)
-        else:
+        lone = self._lone_engine(decision)
+        if lone is None:
             await self._split(decision)
+        else:
+            await self._whole(lone)
+
+    def _lone_engine(self, decision: Decision) -> str | None:
+        """The instance that serves both phases, where one does."""
+        handoff = self.request.handoff
+        nothing_to_hand_over = len(self.request.prompt_token_ids) == 1 and handoff is not Handoff.TOKENS
+        if handoff is Handoff.NOTHING or nothing_to_hand_over:
+            return decision.decode
+        if self.request.max_tokens - self._carried() == 1 or decision.prefill == decision.decode:
+            # Nothing to hand over, or nobody to hand it to.
+            return decision.prefill
+        return None
+
+    def _carried(self) -> int:
+        """Output tokens of this request that its next engine gets as prompt."""
+        return len(self.generated) if self.request.handoff is Handoff.TOKENS else 0
 
     async def _whole(self, instance_id: str) -> None:
         """Both phases on one instance."""
         self.stage = Stage.PREFILL
         hop = self._hop(instance_id, HopKind.WHOLE)
-        with self._router.reservations.hold(instance_id, len(hop.prompt_token_ids)):
-            self.timeline.prefill_sent_s = self._now()
-            async with self._router.open(hop):
-                await self._started(hop, self._router.deadlines.prefill_s)
-                self.stage = Stage.DECODE
-                await self._ended(hop)
+        self.timeline.prefill_sent_s = self._now()
+        with self._router.open(hop):
+            await self._started(hop, self._router.deadlines.prefill_s)
+            self.stage = Stage.DECODE
+            await self._ended(hop)
 
     async def _split(self, decision: Decision) -> None:
         """Prefill on one instance, decode on another."""
@@ -115,25 +145,24 @@ class Run:
     async def _prefill(self, hop: Hop) -> None:
         """One token, and the prompt's blocks kept for a reader."""
         self.stage = Stage.PREFILL
-        with self._router.reservations.hold(hop.instance_id, len(hop.prompt_token_ids)):
-            self.timeline.prefill_sent_s = self._now()
-            async with self._router.open(hop):
-                await self._started(hop, self._router.deadlines.prefill_s)
-                await self._ended(hop)
+        self.timeline.prefill_sent_s = self._now()
+        with self._router.open(hop):
+            await self._started(hop, self._router.deadlines.prefill_s)
+            await self._ended(hop)
+        self._holds[0].release()
         self._observe(Stage.PREFILL, self.timeline.prefill_sent_s)
 
     async def _decode(self, hop: Hop, handle: KvHandle) -> None:
         """Decode on an instance that reads the blocks first."""
         self.stage = Stage.TRANSFER
-        with self._router.reservations.hold(hop.instance_id, len(hop.prompt_token_ids)):
-            self.timeline.decode_sent_s = self._now()
-            async with self._router.open(hop):
-                await self._started(hop, self._router.deadlines.transfer_s)
-                self.timeline.decode_first_s = self._now()
-                self._observe(Stage.TRANSFER, self.timeline.decode_sent_s)
-                self.stage = Stage.DECODE
-                self._account(hop, handle)
-                await self._ended(hop)
+        self.timeline.decode_sent_s = self._now()
+        with self._router.open(hop):
+            await self._started(hop, self._router.deadlines.transfer_s)
+            self.timeline.decode_first_s = self._now()
+            self._observe(Stage.TRANSFER, self.timeline.decode_sent_s)
+            self.stage = Stage.DECODE
+            self._account(hop, handle)
+            await self._ended(hop)
 
     def _account(self, hop: Hop, handle: KvHandle) -> None:
         stats = hop.stats
@@ -158,7 +187,7 @@ class Run:
 
     def _hop(self, instance_id: str, kind: HopKind, source: Hop | None = None) -> Hop:
         carries = self.request.handoff is Handoff.TOKENS
-        sent = len(self.generated) if carries else 0
+        sent = self._carried()
         self._hops += 1
         return Hop(
             hop_id=f"{self.request.request_id}~{self._hops}",

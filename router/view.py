@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +67,30 @@ class ClusterView:
         return ClusterView(prefill=keep(self.prefill), decode=keep(self.decode))
 
 
+class Hold:
+    """A reservation: a context manager, or released by hand; twice is as good as once."""
+
+    __slots__ = ("_instance_id", "_reservations", "_tokens")
+
+    def __init__(self, reservations: Reservations, instance_id: str, tokens: int) -> None:
+        self._reservations: Reservations | None = reservations
+        self._instance_id = instance_id
+        self._tokens = tokens
+        reservations.add(instance_id, tokens, 1)
+
+    def release(self) -> None:
+        """Give the room back."""
+        reservations, self._reservations = self._reservations, None
+        if reservations is not None:
+            reservations.add(self._instance_id, -self._tokens, -1)
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 class Reservations:
     """Tokens and requests that this router has under way on each instance.
 
@@ -86,20 +109,16 @@ class Reservations:
     def requests(self, instance_id: str) -> int:
         return self._requests.get(instance_id, 0)
 
-    @contextmanager
-    def hold(self, instance_id: str, tokens: int) -> Iterator[None]:
-        """Count `tokens` and one request on an instance for as long as the block runs."""
-        self._add(instance_id, tokens, 1)
-        try:
-            yield
-        finally:
-            self._add(instance_id, -tokens, -1)
+    def hold(self, instance_id: str, tokens: int) -> Hold:
+        """Count `tokens` and one request on an instance until the hold is released."""
+        return Hold(self, instance_id, tokens)
 
     def outstanding(self) -> Mapping[str, int]:
         """Tokens by instance, without those that have none."""
         return dict(self._tokens)
 
-    def _add(self, instance_id: str, tokens: int, requests: int) -> None:
+    def add(self, instance_id: str, tokens: int, requests: int) -> None:
+        """Count more, or less, there."""
         self._tokens[instance_id] = self._tokens.get(instance_id, 0) + tokens
         self._requests[instance_id] = self._requests.get(instance_id, 0) + requests
         if self._requests[instance_id] == 0:

@@ -54,8 +54,9 @@ async def test_each_decision_of_a_router_is_a_line_with_what_it_saw(tmp_path: Pa
     first, second, third = lines
     assert first.outstanding == {"prefill-0": 0, "prefill-1": 0, "decode-0": 0, "decode-1": 0}
     assert (first.prefill, second.prefill, third.prefill) == ("prefill-0", "prefill-1", "prefill-0")
-    assert second.outstanding["prefill-0"] == 10
-    assert third.scores == {"prefill-0": 10.0, "decode-0": 0.0}
+    # Room is reserved at both at once, where it decodes too.
+    assert second.outstanding["prefill-0"] == second.outstanding["decode-0"] == 10
+    assert third.scores == {"prefill-0": 10.0, "decode-0": 10.0}
     assert 0 <= first.now_s <= second.now_s < 1
 
 

@@ -81,6 +81,17 @@ def test_two_picks_in_a_row_see_each_other() -> None:
     assert reservations.outstanding() == {}
 
 
+def test_a_hold_is_released_once() -> None:
+    reservations = Reservations()
+    first, second = (reservations.hold("prefill-0", tokens) for tokens in (10, 5))
+    first.release()
+    first.release()
+    assert reservations.outstanding() == {"prefill-0": 5}
+    with second:
+        second.release()
+    assert reservations.outstanding() == {}
+
+
 def test_a_view_without_the_failed_keeps_a_role_that_would_be_empty() -> None:
     view = ClusterView(prefill=view_of("prefill", [0, 0]), decode=view_of("decode", [0]))
     rest = view.without(frozenset({"prefill-0", "decode-0"}))

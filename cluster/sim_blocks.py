@@ -12,6 +12,19 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 
+class _Use:
+    """What blocks that were taken, or left, together have in common.
+
+    Attributes:
+        released: 0 while somebody uses them; then the number of the release that left them in the cache.
+    """
+
+    __slots__ = ("released",)
+
+    def __init__(self) -> None:
+        self.released = 0
+
+
 @dataclass(slots=True)
 class BlockTable:
     """The blocks of one request.
@@ -22,12 +35,16 @@ class BlockTable:
         shared: hashes of the blocks it holds that others can find.
         private: other blocks it holds.
         committed: leading blocks of `hashes` that are filled and findable, or were found.
+        uses: of the blocks that it was the first to use.
+        is_first: whether it was that of all it holds.
     """
 
     hashes: list[int] = field(default_factory=list)
     shared: list[int] = field(default_factory=list)
     private: int = 0
     committed: int = 0
+    uses: list[_Use] = field(default_factory=list)
+    is_first: bool = True
 
     @property
     def count(self) -> int:
@@ -43,15 +60,17 @@ class BlockPool:
         self.block_size = block_size
         self._caching = caching
         self._plain = blocks
-        # By hash: how many use the block, or, for one that nobody uses, minus the number of the release that
-        # made it so.
-        self._known: dict[int, int] = {}
+        # By hash. Most prompts are shared by nobody, so what happens to all blocks of one at once is written
+        # once, into their common use, and not into each.
+        self._known: dict[int, _Use] = {}
         self._idle = 0
-        self._joint_uses = 0
+        # By hash: how many use it beside the first.
+        self._joint: dict[int, int] = {}
         # What each release left in the cache, the oldest first; blocks used again since are stale in it.
         self._released: deque[tuple[int, list[int]]] = deque()
         self._releases = 0
         self._named = 0
+        self._has_copies = False
 
     @property
     def free(self) -> int:
@@ -90,20 +109,22 @@ class BlockPool:
 
     def available(self, table: BlockTable, found: int) -> int:
         """Blocks that could be taken beside the `found` cached ones."""
-        idle = sum(self._known[block] < 0 for block in table.hashes[:found]) if found else 0
+        idle = sum(self._known[block].released > 0 for block in table.hashes[:found]) if found else 0
         return self.free - idle
 
     def share(self, table: BlockTable, found: int) -> None:
         """Let a request use the leading `found` blocks that `find` counted."""
-        known = self._known
+        known, joint = self._known, self._joint
+        idle = []
         for block in table.hashes[:found]:
-            users = known[block]
-            if users < 0:
-                self._idle -= 1
-                known[block] = 1
+            if known[block].released:
+                idle.append(block)
             else:
-                self._joint_uses += 1
-                known[block] = users + 1
+                joint[block] = joint.get(block, 0) + 1
+                table.is_first = False
+        if idle:
+            self._idle -= len(idle)
+            self._begin_use(table, idle)
         table.shared = table.hashes[:found]
         table.committed = found
 
@@ -126,9 +147,12 @@ class BlockPool:
             return
         table.committed += len(fresh)
         known = self._known
-        if not known.keys().isdisjoint(fresh):
+        # The end of a prompt is evicted before its beginning: unless there are copies, who does not know a
+        # block does not know those after it.
+        if (self._has_copies or fresh[0] in known) and not known.keys().isdisjoint(fresh):
             fresh = [self._name() if block in known else block for block in fresh]
-        known.update(dict.fromkeys(fresh, 1))
+            self._has_copies = True
+        self._begin_use(table, fresh)
         table.shared = table.shared + fresh
         table.private -= len(fresh)
 
@@ -145,36 +169,48 @@ class BlockPool:
             table.hashes = table.hashes + names
             table.shared = table.shared + names
             table.private -= output_blocks
-            self._known.update(dict.fromkeys(names, 1))
-        left = table.shared
+            self._begin_use(table, names)
+        left, uses = table.shared, table.uses
+        if self._joint or not table.is_first:
+            left = self._last_used(left)
+            uses = [_Use()]
+            self._known.update(dict.fromkeys(left, uses[0]))
         self._plain += table.private
         table.shared = []
         table.private = 0
         table.committed = 0
-        if self._joint_uses:
-            left = self._last_users(left)
+        table.uses = []
+        table.is_first = True
         if not left:
             return
         self._releases += 1
-        self._known.update(dict.fromkeys(left, -self._releases))
+        for use in uses:
+            use.released = self._releases
         self._released.append((self._releases, left))
         self._idle += len(left)
+
+    def _begin_use(self, table: BlockTable, blocks: list[int]) -> None:
+        use = _Use()
+        table.uses.append(use)
+        self._known.update(dict.fromkeys(blocks, use))
 
     def _name(self) -> int:
         """A hash that nobody has."""
         self._named += 1
         return -self._named
 
-    def _last_users(self, blocks: list[int]) -> list[int]:
+    def _last_used(self, blocks: list[int]) -> list[int]:
         """Those that nobody else uses; of the others one use less."""
-        known = self._known
+        joint = self._joint
         last = []
         for block in blocks:
-            if known[block] == 1:
+            users = joint.get(block)
+            if users is None:
                 last.append(block)
+            elif users == 1:
+                del joint[block]
             else:
-                known[block] -= 1
-                self._joint_uses -= 1
+                joint[block] = users - 1
         return last
 
     def _evict(self, count: int) -> None:
@@ -185,10 +221,11 @@ class BlockPool:
             release, blocks = released[0]
             last = blocks[-count:]
             del blocks[-count:]
-            gone = [block for block in last if known.get(block) == -release]
-            for block in gone:
-                del known[block]
-            count -= len(gone)
+            for block in last:
+                use = known.get(block)
+                if use is not None and use.released == release:
+                    del known[block]
+                    count -= 1
             if not blocks:
                 released.popleft()
 

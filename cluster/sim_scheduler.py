@@ -181,6 +181,10 @@ class Scheduler:
         """Requests that wait, for memory, a place in the batch or their KV."""
         return len(self.waiting) + len(self.loading) + len(self.loaded_waiting)
 
+    def has_work(self, lane: int) -> bool:
+        """Whether a lane has somebody to decide on."""
+        return bool(self.groups[lane].members or self.waiting or self.loaded_waiting or self._prefilling)
+
     @property
     def empty(self) -> bool:
         """Whether it has no request and keeps nothing."""

@@ -80,7 +80,7 @@ class Plan:
 # From next to idle to more than the prefill instance can do.
 PLANS = {
     "tiny": Plan(1024, 128, ((4.0, 20.0), (20.0, 20.0), (60.0, 10.0)), 64),
-    "medium": Plan(512, 64, ((0.5, 40.0), (2.5, 24.0), (10.0, 12.0)), 16),
+    "medium": Plan(512, 64, ((0.5, 40.0), (2.5, 40.0), (10.0, 12.0)), 16),
 }
 
 

@@ -11,13 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Annotated, NamedTuple, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError
 
 from cluster.errors import SpecError
+from cluster.frozen import Frozen
 
-PROFILE_FORMAT = 1
+PROFILE_FORMAT = 2
 
 
 class Batch(NamedTuple):
@@ -71,11 +72,29 @@ class ConstantLatency:
         return self.step_s + batch.prefill_tokens * self.prefill_s_per_token
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def _require_order(levels: Levels) -> Levels:
+    sizes = [requests for requests, _ in levels]
+    if sizes != sorted(set(sizes)) or any(value < 0 for _, value in levels):
+        raise ValueError("expected rising numbers of requests, each with a value of at least 0")
+    return levels
 
 
-class PrefillCost(_Frozen):
+# (requests, value) by rising requests.
+Levels = Annotated[tuple[tuple[int, float], ...], AfterValidator(_require_order)]
+
+
+def level_at(levels: Levels, requests: int) -> float:
+    """The value for so many requests: straight between two levels, and that of the nearest beyond all."""
+    below = levels[0]
+    for level in levels:
+        if requests <= level[0]:
+            width = level[0] - below[0]
+            return below[1] + (level[1] - below[1]) * (requests - below[0]) / width if width else level[1]
+        below = level
+    return below[1]
+
+
+class PrefillCost(Frozen):
     """Seconds of an iteration of up to `up_to_tokens` prompt tokens:
     base + token * tokens + attention * tokens^2 + request * chunks."""
 
@@ -86,7 +105,7 @@ class PrefillCost(_Frozen):
     request_s: float = Field(default=0.0, ge=0)
 
 
-class DecodeCost(_Frozen):
+class DecodeCost(Frozen):
     """Seconds of an iteration without prompt tokens, for batches of up to `up_to_requests`:
     base + request * requests + context * tokens of context.
 
@@ -99,28 +118,16 @@ class DecodeCost(_Frozen):
     base_s: float = Field(ge=0)
     request_s: float = Field(default=0.0, ge=0)
     context_s: float = Field(default=0.0, ge=0)
-    levels: tuple[tuple[int, float], ...] = ()
-
-    @field_validator("levels")
-    @classmethod
-    def _in_order(cls, levels: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-        sizes = [requests for requests, _ in levels]
-        if sizes != sorted(set(sizes)) or any(seconds < 0 for _, seconds in levels):
-            raise ValueError("expected rising numbers of requests, each with seconds of at least 0")
-        return levels
+    levels: Levels = ()
 
     def requests_s(self, requests: int) -> float:
         """The part of an iteration's time that depends on its requests alone."""
-        before = self.levels[0] if self.levels else (0, 0.0)
-        for level in self.levels:
-            if requests <= level[0]:
-                share = (requests - before[0]) / max(1, level[0] - before[0])
-                return before[1] + share * (level[1] - before[1])
-            before = level
-        return before[1] + (requests - before[0]) * self.request_s
+        if not self.levels:
+            return requests * self.request_s
+        return level_at(self.levels, requests) + max(0, requests - self.levels[-1][0]) * self.request_s
 
 
-class Residuals(_Frozen):
+class Residuals(Frozen):
     """How far the fit is from what was measured: relative errors over `samples` iterations."""
 
     samples: int
@@ -132,7 +139,7 @@ class Residuals(_Frozen):
 _Cost = TypeVar("_Cost", PrefillCost, DecodeCost)
 
 
-class LatencyProfile(_Frozen):
+class LatencyProfile(Frozen):
     """A measured engine, as `pdserve profile` writes it.
 
     Attributes:
@@ -143,8 +150,9 @@ class LatencyProfile(_Frozen):
         frontend_s: from a request's arrival to its being in the engine's queue, and back with its token.
         handoff_s: what a hand-over of KV costs beside the bytes, from the first token to decode's queue.
         handoff_token_s: and for each prompt token, with its bytes; for clusters whose network is not known.
-        prefill_contention, decode_contention: how many times as long an iteration takes while the other phase
-            computes too; above 1 where both share a machine's cores.
+        prefill_contention: how many times as long an iteration takes while the other phase computes too;
+            above 1 where both share a machine's cores or its memory's bandwidth.
+        decode_contention: the same by the requests that decode; none is 1.
     """
 
     format: int = PROFILE_FORMAT
@@ -162,7 +170,7 @@ class LatencyProfile(_Frozen):
     handoff_s: float = Field(default=0.0, ge=0)
     handoff_token_s: float = Field(default=0.0, ge=0)
     prefill_contention: float = Field(default=1.0, ge=1)
-    decode_contention: float = Field(default=1.0, ge=1)
+    decode_contention: Levels = ()
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""

@@ -80,7 +80,7 @@ def fit_decode_levels(samples: Sequence[Sample]) -> tuple[DecodeCost, ...]:
     for batch, seconds in samples:
         rest_s = seconds - batch.decode_context_tokens * line.context_s
         by_size.setdefault(batch.decode_requests, []).append(rest_s)
-    sizes_s = {size: max(0.0, median(values)) for size, values in sorted(by_size.items())}
+    sizes_s = {size: max(0.0, fmean(values)) for size, values in sorted(by_size.items())}
     base_s = min(sizes_s.values())
     levels = tuple((size, seconds - base_s) for size, seconds in sizes_s.items())
     return (line.model_copy(update={"base_s": base_s, "levels": levels}),)
@@ -98,6 +98,16 @@ def summarise(errors: Sequence[float]) -> Residuals:
     sizes = sorted(map(abs, errors))
     p90 = sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))]
     return Residuals(samples=len(sizes), median=median(sizes), p90=p90, bias=fmean(errors))
+
+
+def usual(values: Sequence[float]) -> float:
+    """The mean without what took more than twice the median.
+
+    Times add up, so that what follows from them follows from means; and times are skewed, so that a median is
+    less than the mean. What is far off was a disturbance and would make a mean of few say nothing else.
+    """
+    middle = median(values)
+    return fmean(value for value in values if value <= middle + abs(middle))
 
 
 def nonnegative_fit(rows: Sequence[_Row], targets: Sequence[float]) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ from cluster.engine import Frames
 from cluster.errors import ServingError
 from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint, Role
-from cluster.latency import EMPTY_BATCH, Batch
+from cluster.latency import EMPTY_BATCH, Batch, Levels, level_at
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.sim_scheduler import Chunk, Scheduler, Sequence, Step
 from cluster.spec import ClusterSpec
@@ -164,7 +164,7 @@ class SimEngine:
         self._on_busy = on_busy
         self._quiet_s = quiet_s
         self._is_busy = False
-        self._contention = 1.0
+        self._contention: Levels = ()
         self._scheduler = Scheduler(options)
         self._flights: list[_Flight] = []
         self._stage_free_s = [0.0] * options.pipeline_stages
@@ -320,17 +320,19 @@ class SimEngine:
         self.slowdown = factor
         self._has_changed()
 
-    def set_contention(self, factor: float) -> None:
-        """Make iterations take `factor` times as long from now on, the rest of the running one too: others
-        have begun to use the same cores, or have stopped."""
-        if factor == self._contention:
+    def set_contention(self, factors: Levels) -> None:
+        """Make iterations take so many times as long from now on, by the requests that decode, and the rest
+        of the running one too: others have begun to use the same cores, or have stopped (empty)."""
+        if factors == self._contention:
             return
         self._has_changed()
         now_s = asyncio.get_running_loop().time()
+        before = {flight.lane: self._slowdown_of(flight.batch) for flight in self._flights}
+        self._contention = factors
         for flight in self._flights:
-            flight.ends[-1] = now_s + (flight.ends[-1] - now_s) * factor / self._contention
+            change = self._slowdown_of(flight.batch) / before[flight.lane]
+            flight.ends[-1] = now_s + (flight.ends[-1] - now_s) * change
             self._stage_free_s[-1] = flight.ends[-1]
-        self._contention = factor
         self._wake()
 
     @property
@@ -358,6 +360,8 @@ class SimEngine:
             if self._flights and lane in [flight.lane for flight in self._flights]:
                 continue
             start_s = self._start_s(lane, now_s)
+            if not self._scheduler.has_work(lane):
+                continue
             step, is_settled = self._decide(lane, now_s)
             if step is None:
                 continue
@@ -366,7 +370,7 @@ class SimEngine:
                     if not chunk.sequence.begun:
                         chunk.sequence.begun = True
                         self._watcher.begun(chunk.sequence.request_id, start_s)
-            slowdown = self.slowdown * self._contention
+            slowdown = self._slowdown_of(step.batch)
             stage_s = slowdown * self._options.latency.iteration_s(step.batch) / len(self._stage_free_s)
             ends = [self._through_stages(stage_s, start_s)]
             if self._quiet_s and is_settled and not step.chunks and self._options.pipeline_stages == 1:
@@ -414,6 +418,11 @@ class SimEngine:
             self._stage_free_s[stage] = end_s
         return end_s
 
+    def _slowdown_of(self, batch: Batch) -> float:
+        if not self._contention:
+            return self.slowdown
+        return self.slowdown * level_at(self._contention, batch.decode_requests)
+
     def _run_ahead(self, lane: int, batch: Batch, ends: list[float]) -> None:
         """Add the ends of the iterations that will follow as long as nothing changes but the contexts."""
         group = self._scheduler.groups[lane]
@@ -421,7 +430,7 @@ class SimEngine:
         requests, context = batch.decode_requests, batch.decode_context_tokens
         end_s = ends[0]
         last_s = end_s + self._quiet_s
-        iteration_s, slowdown = self._options.latency.iteration_s, self.slowdown * self._contention
+        iteration_s, slowdown = self._options.latency.iteration_s, self._slowdown_of(batch)
         for ahead in range(1, min(group.steps_to_next_end(), self._ahead)):
             free -= group.blocks_at(ahead)
             if free < 0 or end_s > last_s:

@@ -20,7 +20,7 @@ from deploy.profiler.engine import (
     make_engine,
     measure_engine,
 )
-from deploy.profiler.fit import fit_costs, medians, model_of
+from deploy.profiler.fit import averages, fit_costs, model_of
 from deploy.profiler.grid import Limits, Point
 from deploy.virtual_time import run_virtual
 
@@ -46,15 +46,16 @@ LIMITS = Limits(max_prompt=1024, max_requests=16, kv_tokens=128_000)
 
 def test_the_profile_of_a_twin_is_what_the_twin_was_given() -> None:
     measured, _ = run_virtual(profile(twin(), LIMITS))
-    fit = fit_costs(medians(measured))
+    fit = fit_costs(averages(measured))
     (prefill,), (decode,) = fit.prefill, fit.decode
     assert prefill.model_dump(exclude_none=True) == pytest.approx(PREFILL.model_dump(exclude_none=True))
     assert decode.model_dump(exclude={"levels"}, exclude_none=True) == pytest.approx(
-        DECODE.model_dump(exclude={"levels"}, exclude_none=True)
+        DECODE.model_dump(exclude={"levels"}, exclude_none=True),
+        rel=1e-4,  # mean contexts are whole tokens
     )
     assert not decode.levels
     assert set(fit.residuals) == {"prefill, held out", "decode, held out", "mixed, held out"}
-    assert all(residuals.p90 < 1e-6 for residuals in fit.residuals.values())
+    assert all(residuals.p90 < 1e-4 for residuals in fit.residuals.values())
 
 
 def test_every_iteration_has_the_batch_that_its_time_is_of() -> None:

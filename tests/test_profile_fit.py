@@ -8,7 +8,7 @@ import pytest
 
 from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost
 from deploy.profiler.engine import Measured
-from deploy.profiler.fit import TooFewPoints, by_kind, fit_costs, medians, model_of, split, table
+from deploy.profiler.fit import TooFewPoints, averages, by_kind, fit_costs, model_of, split, table
 from deploy.profiler.grid import Point
 
 TRUE = model_of(
@@ -30,20 +30,20 @@ def prompts(tokens: int, requests: int = 1) -> Batch:
     return Batch(tokens * requests, tokens**2 * requests, requests)
 
 
-def test_decodes_of_a_point_are_one_sample_with_their_median_context() -> None:
+def test_decodes_of_a_point_are_one_sample_with_their_mean_context() -> None:
     seen = [measured(decode(2, 20 + 2 * n), 0.001 * (n + 1)) for n in range(5)]
-    assert medians(seen) == [(decode(2, 24), 0.003)]
+    assert averages(seen) == [(decode(2, 24), 0.003)]
 
 
 def test_one_slow_iteration_does_not_move_a_sample() -> None:
     seen = [measured(prompts(64), seconds) for seconds in (0.01, 0.01, 5.0)]
-    assert medians(seen) == [(prompts(64), 0.01)]
+    assert averages(seen) == [(prompts(64), 0.01)]
 
 
 def test_what_was_seen_once_is_left_out() -> None:
     seen = [measured(decode(2, 20), 0.001), measured(decode(2, 22), 0.001), measured(prompts(9), 0.002)]
-    assert medians(seen) == [(decode(2, 21), 0.001)]
-    assert len(medians(seen, least_repeats=1)) == 2
+    assert averages(seen) == [(decode(2, 21), 0.001)]
+    assert len(averages(seen, least_repeats=1)) == 2
 
 
 def test_kinds() -> None:

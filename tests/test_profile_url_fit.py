@@ -11,7 +11,14 @@ from deploy.profiler.fit import TooFewPoints, model_of
 from deploy.profiler.grid import Limits, Point, grid
 from deploy.profiler.streams import PointStreams, Stream
 from deploy.profiler.url import PROMPTS_BESIDE
-from deploy.profiler.url_fit import DECODE_BESIDE, PROMPT_BESIDE, fit_streams, paces, profile_of
+from deploy.profiler.url_fit import (
+    DECODE_BESIDE,
+    PROMPT_BESIDE,
+    fit_streams,
+    paces,
+    profile_of,
+    slowdown_levels,
+)
 
 PREFILL = PrefillCost(base_s=0.003, token_s=40e-6, attention_s=20e-9, request_s=200e-6)
 DECODE = DecodeCost(base_s=0.0027, request_s=300e-6, context_s=0.3e-6)
@@ -97,14 +104,14 @@ def test_what_slows_one_phase_beside_the_other_is_told_and_not_fitted() -> None:
     found = fit_streams([visit(point) for point in POINTS])
     assert found.fit.residuals[DECODE_BESIDE].bias == pytest.approx(1 / SLOWED - 1, abs=0.02)
     assert found.fit.residuals[PROMPT_BESIDE].bias == pytest.approx(1 / SLOWED - 1, abs=0.02)
-    assert found.decode_slowdown == pytest.approx(SLOWED, rel=0.03)
+    assert found.decode_slowdown == ((4, pytest.approx(SLOWED, rel=0.03)),)
     assert found.prompt_slowdown == pytest.approx(SLOWED, rel=0.03)
     assert found.fit.residuals["decode, held out"].p90 < 0.01
 
 
 def test_nothing_is_slowed_where_nothing_was_beside() -> None:
     found = fit_streams([visit(point) for point in POINTS if point.kind != "mixed"])
-    assert (found.decode_slowdown, found.prompt_slowdown) == (1.0, 1.0)
+    assert (found.decode_slowdown, found.prompt_slowdown) == ((), 1.0)
     assert DECODE_BESIDE not in found.fit.residuals
 
 
@@ -155,3 +162,12 @@ def test_the_pace_of_points_is_told_beside_a_profile() -> None:
 
     late = [replace(found, streams=tuple(map(slower, found.streams))) for found in points]
     assert paces(profile, late) == pytest.approx((1.5, 1.5), rel=0.02)
+
+
+def test_what_slows_a_lone_decode_more_than_a_batch_is_told_by_size() -> None:
+    lone, few, many = [(1, 1.4), (1, 1.2)] * 3, [(3, 1.1), (4, 1.2), (4, 1.2)] * 2, [(16, 1.1), (16, 9.0)]
+    # Two of sixteen say little by themselves, and nine times as long was a disturbance.
+    levels = slowdown_levels([*many, *lone, *few])
+    assert levels == ((1, pytest.approx(1.3)), (7, pytest.approx((2 * 3.5 + 1.1) / 7)))
+    assert slowdown_levels([(1, 0.9), (1, 0.8)]) == ((1, 1.0),)
+    assert slowdown_levels([]) == ()

@@ -214,7 +214,7 @@ def test_two_processes_write_the_same_bytes() -> None:
     assert b"cancelled" in told[0]
 
 
-def profile_file(directory: Path, **found: float) -> str:
+def profile_file(directory: Path, **found: object) -> str:
     """A profile of engines that take 0.1 s for any prompt and 0.02 s for any step of decodes."""
     path = directory / "p.json"
     LatencyProfile(
@@ -230,7 +230,7 @@ def profile_file(directory: Path, **found: float) -> str:
 
 
 def test_phases_that_share_cores_slow_each_other_while_both_compute(tmp_path: Path) -> None:
-    profile = profile_file(tmp_path, prefill_contention=1.5, decode_contention=2.0)
+    profile = profile_file(tmp_path, prefill_contention=1.5, decode_contention=((1, 2.0),))
     spec = spec_of(sim={"profile": profile, "max_model_len": 512})
     asked = [WorkloadRequest(arrival_s=at_s, input_tokens=64, output_tokens=21) for at_s in (0.0, 0.25)]
     first, second = Simulation(spec, asked).run().requests
@@ -239,6 +239,17 @@ def test_phases_that_share_cores_slow_each_other_while_both_compute(tmp_path: Pa
     assert first.ttft_s == pytest.approx(0.1)
     assert second.ttft_s == pytest.approx(0.15)
     assert first.end_s == pytest.approx(0.40 + 8.75 * 0.02)
+
+
+def test_a_batch_that_is_slowed_less_takes_less_longer(tmp_path: Path) -> None:
+    profile = profile_file(tmp_path, decode_contention=((1, 2.0), (2, 1.5)))
+    spec = spec_of(sim={"profile": profile, "max_model_len": 512})
+    asked = [WorkloadRequest(arrival_s=at_s, input_tokens=64, output_tokens=21) for at_s in (0.0, 0.0, 0.25)]
+    first, second, third = Simulation(spec, asked).run().requests
+    # As above, but two decode together from the second's first token on: both prompts are one iteration.
+    assert third.ttft_s == pytest.approx(0.1)
+    # 7.5 tokens until the third's prompt comes; in its 0.1 s so many at 0.03 s, the rest at 0.02 s.
+    assert first.end_s == second.end_s == pytest.approx(0.35 + (20 - 7.5 - 0.1 / 0.03) * 0.02)
 
 
 @pytest.mark.parametrize(("network", "delay_s"), [({}, 0.05 + 65 * 0.001), ({"nic_gbps": 1e9}, 0.05)])

@@ -111,7 +111,7 @@ def _check_writable(path: Path) -> None:
 def _of_spec(args: argparse.Namespace) -> tuple[LatencyProfile, str]:
     from cluster.spec import load_spec
     from deploy.profiler.engine import engine_limits, make_engine, measure_engine
-    from deploy.profiler.fit import fit_costs, medians, table
+    from deploy.profiler.fit import averages, fit_costs, table
     from deploy.profiler.machine import machine, versions
 
     spec = load_spec(args.spec, {} if args.model is None else {"model": args.model})
@@ -135,7 +135,7 @@ def _of_spec(args: argparse.Namespace) -> tuple[LatencyProfile, str]:
 
     with _engine_prints_to_stderr():
         facts, measured = asyncio.run(measure())
-    samples = medians(measured)
+    samples = averages(measured)
     fit = fit_costs(samples)
     profile = LatencyProfile(
         model=f"{spec.api_model_name} ({facts.fingerprint.dtype.removeprefix('torch.')})",

@@ -1,11 +1,11 @@
-"""From measured iterations to costs: medians, fit, held-out residuals, and the table for people."""
+"""From measured iterations to costs: means, fit, held-out residuals, and the table for people."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 
 from cluster.latency import (
     Batch,
@@ -15,7 +15,7 @@ from cluster.latency import (
     ProfiledLatency,
     Residuals,
 )
-from cluster.latency_fit import MAX_SEGMENTS, Sample, fit_decode, fit_prefill, residuals_of
+from cluster.latency_fit import MAX_SEGMENTS, Sample, fit_decode, fit_prefill, residuals_of, usual
 from deploy.latency_table import milliseconds
 from deploy.profiler.engine import Measured
 
@@ -41,11 +41,11 @@ class Fit:
     region: Batch
 
 
-def medians(measured: Iterable[Measured], least_repeats: int = LEAST_REPEATS) -> list[Sample]:
-    """One sample for each batch that was measured often enough, sorted: its median time.
+def averages(measured: Iterable[Measured], least_repeats: int = LEAST_REPEATS) -> list[Sample]:
+    """One sample for each batch that was measured often enough, sorted: its usual time.
 
     Decoding batches differ from one iteration to the next, as contexts grow; those of one point and one
-    number of requests are one, with their median context.
+    number of requests are one, with their mean context.
     """
     groups: dict[Hashable, list[tuple[Batch, float]]] = defaultdict(list)
     for one in measured:
@@ -55,9 +55,9 @@ def medians(measured: Iterable[Measured], least_repeats: int = LEAST_REPEATS) ->
     samples = []
     for group in groups.values():
         if len(group) >= least_repeats:
-            context_tokens = median(batch.decode_context_tokens for batch, _ in group)
+            context_tokens = fmean(batch.decode_context_tokens for batch, _ in group)
             batch = group[0][0]._replace(decode_context_tokens=round(context_tokens))
-            samples.append((batch, median(seconds for _, seconds in group)))
+            samples.append((batch, usual([seconds for _, seconds in group])))
     return sorted(samples)
 
 

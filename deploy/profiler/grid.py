@@ -101,7 +101,7 @@ def grid(limits: Limits) -> list[Point]:
     half = max(1, limits.max_requests // 2)
     points += [
         Point("mixed", requests, tokens, beside)
-        for requests in sorted({min(4, half), half})
+        for requests in sorted({1, min(4, half), half})
         for tokens in (min(128, limits.max_prompt),)
         for beside in sorted({min(64, limits.max_prompt), min(512, limits.max_prompt)})
         if limits.fits(requests + 1, max(tokens, beside))

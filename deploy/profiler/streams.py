@@ -12,20 +12,19 @@ Decode. Between two moments at which a stream begins or ends, the same requests 
 gives one token to each, so the time between the moments, times the requests, over the tokens that came, is
 the time of an iteration. A stream decodes from its second token on.
 
-Hand-over. The gap between the first and the second token, less one decode iteration; over prompt lengths a
-fixed part and a part per token.
+Hand-over. The gap between the first and the second token of a lone request, less one decode iteration; over
+prompt lengths a fixed part and a part per token.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
 
 from cluster.latency import Batch, DecodeCost, PrefillCost
-from cluster.latency_fit import nonnegative_fit
+from cluster.latency_fit import nonnegative_fit, usual
 from deploy.profiler.grid import Point
 
 # A segment shorter than this many iterations says more of the network's jitter than of the engine.
@@ -78,12 +77,12 @@ class DecodeSegment:
     Attributes:
         batch: what an iteration in its middle computed.
         seconds: of an iteration.
-        beside: whether a prompt was under way for at least half of it.
+        beside: for how much of it, 0 to 1, a prompt was under way.
     """
 
     batch: Batch
     seconds: float
-    beside: bool
+    beside: float
 
 
 def burst_s(streams: Sequence[Stream]) -> float:
@@ -110,7 +109,7 @@ def decode_segments(streams: Sequence[Stream]) -> list[DecodeSegment]:
             DecodeSegment(
                 batch=Batch(decode_requests=len(active), decode_context_tokens=round(context)),
                 seconds=(to_s - from_s) / iterations,
-                beside=_overlap_s(streams, from_s, to_s) > (to_s - from_s) / 2,
+                beside=_overlap_s(streams, from_s, to_s) / (to_s - from_s),
             )
         )
     return segments
@@ -142,15 +141,19 @@ def split_fixed_part(
     return tuple(c.model_copy(update={"base_s": c.base_s - frontend_s}) for c in costs), frontend_s
 
 
-def handover(gaps: Iterable[tuple[int, float]]) -> tuple[float, float]:
-    """(handoff_s, seconds per prompt token) of (prompt tokens, second token's gap less an iteration).
+def handover(gaps: Iterable[tuple[int, float]], iteration_s: Callable[[int], float]) -> tuple[float, float]:
+    """(handoff_s, seconds per prompt token) of (prompt tokens, seconds from the first token to the second).
 
     Lengths of which the gap is no longer than an iteration count as none: (0, 0) when all are.
+
+    Args:
+        iteration_s: of a lone decode with a context of so many tokens.
     """
     by_length: dict[int, list[float]] = {}
     for tokens, gap_s in gaps:
         by_length.setdefault(tokens, []).append(gap_s)
-    points = [(tokens, median(values)) for tokens, values in sorted(by_length.items())]
+    # Of whole gaps: what is usual of their small differences to an iteration, nobody could say.
+    points = [(tokens, usual(gaps_s) - iteration_s(tokens)) for tokens, gaps_s in sorted(by_length.items())]
     points = [(tokens, gap_s) for tokens, gap_s in points if gap_s > 0]
     if not points:
         return 0.0, 0.0

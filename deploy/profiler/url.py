@@ -20,6 +20,8 @@ from deploy.profiler.streams import PointStreams, Stream
 
 ANSWER_DEADLINE_S = 120.0
 STEADY_TOKENS = 48
+# Of lone streams, of which there are several: a machine that was idle is slower for the first of an answer.
+LONE_STEADY_TOKENS = 24
 # From this many streams on a server may send two tokens in one event, and must say how many there are.
 COUNTED_FROM = 8
 PAUSE_S = 0.02
@@ -29,6 +31,8 @@ KEEPALIVE_S = 3.0
 KV_TOKENS = 65_536
 # A lone prompt is soon computed: one alone would say more of a moment's noise than of the engine.
 LONE_PROMPTS = 3
+# Of a lone prompt: its hand-over shows between the first and the second.
+LONE_TOKENS = 2
 # Lone requests are what a server gets that is not busy, and after a pause a machine is slower for a while.
 LONE_PAUSE_S = 1.5
 # Prompts at once beside decodes: their engine shall not idle between one's end and the next one's coming.
@@ -146,15 +150,23 @@ class UrlProbe:
             await asyncio.sleep(self._lone_pause_s)
 
     async def _burst(self, requests: int, tokens: int, number: int, answers: list[_Answer]) -> None:
-        """Prompts at once, of one token of answer each."""
-        bodies = [self._body(tokens, 1) for _ in range(requests)]
+        """Prompts at once; a lone one is handed over, of several only the first token is of interest."""
+        bodies = [self._body(tokens, LONE_TOKENS if requests == 1 else 1) for _ in range(requests)]
         burst = [_Answer(tokens, 0.0, decodes=False, burst=number) for _ in bodies]
         answers += burst
         await asyncio.gather(*(self._ask(a, b) for a, b in zip(burst, bodies, strict=True)))
 
     async def _decode(self, point: Point) -> list[_Answer]:
-        """Streams that are hung up on when all of them have decoded for a while."""
-        await self._pause(point)
+        if point.requests > 1 or point.beside:
+            return await self._streams(point, STEADY_TOKENS)
+        answers: list[_Answer] = []
+        for _ in range(LONE_PROMPTS):
+            await self._pause(point)
+            answers += await self._streams(point, LONE_STEADY_TOKENS)
+        return answers
+
+    async def _streams(self, point: Point, steady: int) -> list[_Answer]:
+        """Streams that are hung up on when all of them have got `steady` tokens while all decoded."""
         counted = point.requests >= COUNTED_FROM
         bodies = [
             self._body(point.tokens, self._output(point.tokens), counted) for _ in range(point.requests)
@@ -170,7 +182,7 @@ class UrlProbe:
                 # iteration that has begun goes on when its clients have left, and delays the next point.
                 await self._beside(point.beside, answers, beside)
             else:
-                await _steady(answers, STEADY_TOKENS)
+                await _steady(answers, steady)
         finally:
             for task in tasks:
                 task.cancel()

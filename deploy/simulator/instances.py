@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.instance import InstanceInfo, InstanceLoad, Role
-from cluster.latency import Batch, ProfiledLatency
+from cluster.latency import Batch, Levels, ProfiledLatency
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
@@ -202,13 +202,15 @@ class SimLife:
             self._cluster.deliver(self._instance_id, step.outputs)
 
 
-def _contention(record: Record) -> float:
-    """How many times as long an iteration takes there while the other phase computes."""
+def _contention(record: Record) -> Levels:
+    """How many times as long an iteration takes there while the other phase computes; empty for as long."""
     latency = record.options.latency
     if not isinstance(latency, ProfiledLatency):
-        return 1.0
+        return ()
     profile = latency.profile
-    return profile.prefill_contention if record.role is Role.PREFILL else profile.decode_contention
+    if record.role is Role.DECODE:
+        return profile.decode_contention
+    return ((0, profile.prefill_contention),) if profile.prefill_contention > 1 else ()
 
 
 def _request(hop: Hop) -> TokenRequest:
@@ -259,14 +261,14 @@ class SimInstances:
 
     def on_busy(self, role: Role) -> Callable[[bool], None] | None:
         """What an engine of that role shall tell: where the phases share cores, one slows the other."""
-        if all(_contention(record) == 1 for record in self.records.values()):
+        if not any(_contention(record) for record in self.records.values()):
             return None
 
         def told(busy: bool) -> None:
             self._busy[role] += 1 if busy else -1
             for life in self.lives.values():
                 if life.record.role is not role:
-                    life.engine.set_contention(_contention(life.record) if self._busy[role] else 1.0)
+                    life.engine.set_contention(_contention(life.record) if self._busy[role] else ())
 
         return told
 

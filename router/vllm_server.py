@@ -49,10 +49,10 @@ async def build_server(spec: ClusterSpec, core: ClusterCore) -> FastAPI:
     await vllm_api.init_app_state(llm, app.state, args, _TASKS)
     # vLLM's handlers end their own uvicorn through this when an engine is dead; ours stays up and says 503.
     app.state.server = SimpleNamespace(should_exit=False)
-    _add_routes(app, core)
-    app.add_middleware(TraitsMiddleware, spec=spec.slo)
     # vLLM's app has its middleware built already, without ours and our error handler: have it built again.
     app.middleware_stack = None
+    _add_routes(app, core)
+    app.add_middleware(TraitsMiddleware, spec=spec.slo)
     return app
 
 

@@ -281,6 +281,15 @@ async def test_a_bad_request_is_answered_in_vllms_words(
     assert says in caught.value.message
 
 
+async def test_a_header_that_makes_no_sense_is_a_400_in_the_api_s_words(client: Any) -> None:
+    asked = {"model": "tiny", "prompt": "Once", "max_tokens": 2}
+    with pytest.raises(openai.BadRequestError, match="x-pdserve-ttft-ms: 'soon' is not allowed") as caught:
+        await client.completions.create(**asked, extra_headers={"x-pdserve-ttft-ms": "soon"})
+    assert caught.value.response.headers["x-pdserve-reason"] == "bad-header"
+    answer = await client.completions.create(**asked, extra_headers={"x-llm-d-slo-ttft-ms": "60000"})
+    assert answer.choices[0].finish_reason == "length"
+
+
 async def test_malformed_json_is_a_400(url: str) -> None:
     request = urllib.request.Request(
         f"{url}/v1/completions", b'{"prompt": ', {"content-type": "application/json"}

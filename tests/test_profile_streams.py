@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.latency import Batch, DecodeCost, PrefillCost
+from deploy.profiler.grid import Point
 from deploy.profiler.streams import (
+    PointStreams,
     Stream,
     burst_s,
     decode_segments,
     handover,
+    handover_beside,
     split_fixed_part,
 )
 
@@ -103,6 +108,20 @@ def test_handover_has_a_fixed_part_and_one_per_token() -> None:
     fixed_s, token_s = handover(gaps, lambda tokens: 0.01)
     assert fixed_s == pytest.approx(0.004, rel=0.01)
     assert token_s == pytest.approx(2e-6, rel=0.01)
+
+
+def test_a_handover_beside_is_what_iterations_do_not_explain() -> None:
+    decodes = [stream(0.0, 0.02, 100), stream(0.0, 0.02, 100)]
+    handed_over = [
+        Stream(prompt_tokens=64, sent_s=0.1, times_s=(0.3, 0.3 + gap_s), decodes=False)
+        for gap_s in (0.07, 0.08, 0.09, 0.9)  # the last was disturbed
+    ]
+    point = Point("mixed", 2, 128, 64)
+    visits = [PointStreams(point=point, streams=(*decodes, *handed_over))]
+    assert handover_beside(visits) == pytest.approx(0.08 - 2.5 * 0.02)
+    quick = [replace(s, times_s=(0.3, 0.34)) for s in handed_over]
+    assert handover_beside([PointStreams(point=point, streams=(*decodes, *quick))]) == 0.0
+    assert handover_beside([PointStreams(point=point, streams=tuple(decodes))]) == 0.0
 
 
 def test_no_handover_where_the_second_token_comes_as_any_other() -> None:

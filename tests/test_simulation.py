@@ -264,6 +264,23 @@ def test_a_hand_over_takes_what_the_profile_says_of_it(
     assert request.end_s == pytest.approx(0.1 + delay_s + 2 * 0.02)
 
 
+def test_a_hand_over_takes_longer_while_both_phases_compute(tmp_path: Path) -> None:
+    profile = profile_file(tmp_path, handoff_s=0.01, handoff_beside_s=0.055)
+    spec = spec_of(sim={"profile": profile, "max_model_len": 512, "network": {"latency_s": 0.0}})
+    asked = [
+        WorkloadRequest(arrival_s=at_s, input_tokens=64, output_tokens=output)
+        for at_s, output in ((0.0, 2), (0.1, 20), (0.15, 2), (0.3, 2))
+    ]
+    first, second, third, _ = Simulation(spec, asked).run().requests
+    # The first is handed over as the second's prompt begins, to an idle instance, where the second decodes
+    # from 0.21 s on, every 0.02 s.
+    assert first.end_s == pytest.approx(0.1 + 0.01 + 0.02)
+    assert second.end_s == pytest.approx(0.2 + 0.01 + 19 * 0.02)
+    # The third is handed over at 0.3 s, as the fourth's prompt begins, and there at 0.355 s: its KV is read
+    # in the iteration from 0.37 s on, and it is in the next one.
+    assert third.end_s == pytest.approx(0.37 + 0.02 + 0.02)
+
+
 def test_a_killed_decode_instance_costs_time_and_no_token() -> None:
     spec = spec_of(decode={"count": 2})
     scenario = parse_scenario({"faults": [{"kill": "decode-0", "at_s": 1.0}], "restart_s": 2.0}, spec)

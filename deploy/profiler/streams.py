@@ -13,7 +13,8 @@ gives one token to each, so the time between the moments, times the requests, ov
 the time of an iteration. A stream decodes from its second token on.
 
 Hand-over. The gap between the first and the second token of a lone request, less one decode iteration; over
-prompt lengths a fixed part and a part per token.
+prompt lengths a fixed part and a part per token. Where the decode instance decodes already, it takes the rest
+of the iteration that runs, one in which the KV is read, and one with the request in it.
 """
 
 from __future__ import annotations
@@ -139,6 +140,25 @@ def split_fixed_part(
     engine_s = fixed_part_s(decode)
     frontend_s = min(max(0.0, cost.base_s - engine_s) for cost in costs)
     return tuple(c.model_copy(update={"base_s": c.base_s - frontend_s}) for c in costs), frontend_s
+
+
+# Iterations from a hand-over's coming to an instance that decodes to its first token there, on average.
+ITERATIONS_TO_JOIN = 2.5
+
+
+def handover_beside(visits: Iterable[PointStreams]) -> float:
+    """What a hand-over takes while both phases compute, beside the iterations that it takes part in; 0 where
+    none was seen, or it takes no longer than these."""
+    rests = []
+    for visit in visits:
+        decoding = [s for s in visit.streams if s.decodes and len(s.times_s) > 2]
+        gaps = [s.times_s[1] - s.times_s[0] for s in visit.streams if not s.decodes and len(s.times_s) > 1]
+        if decoding and gaps:
+            # As these iterations were, with what slowed them and with who joined them.
+            tokens = sum(len(s.times_s) - 2 for s in decoding)
+            iteration_s = sum(s.times_s[-1] - s.times_s[1] for s in decoding) / tokens
+            rests.append(usual(gaps) - ITERATIONS_TO_JOIN * iteration_s)
+    return max(0.0, usual(rests)) if rests else 0.0
 
 
 def handover(gaps: Iterable[tuple[int, float]], iteration_s: Callable[[int], float]) -> tuple[float, float]:

@@ -31,8 +31,8 @@ KEEPALIVE_S = 3.0
 KV_TOKENS = 65_536
 # A lone prompt is soon computed: one alone would say more of a moment's noise than of the engine.
 LONE_PROMPTS = 3
-# Of a lone prompt: its hand-over shows between the first and the second.
-LONE_TOKENS = 2
+# Of prompts that are lone or beside decodes: their hand-over shows between the first and the second.
+HANDED_OVER_TOKENS = 2
 # Lone requests are what a server gets that is not busy, and after a pause a machine is slower for a while.
 LONE_PAUSE_S = 1.5
 # Prompts at once beside decodes: their engine shall not idle between one's end and the next one's coming.
@@ -142,19 +142,22 @@ class UrlProbe:
         answers: list[_Answer] = []
         for number in range(LONE_PROMPTS if point.requests == 1 else 1):
             await self._pause(point)
-            await self._burst(point.requests, point.tokens, number, answers)
+            await asyncio.gather(*self._burst(point.requests, point.tokens, number, answers))
         return answers
 
     async def _pause(self, point: Point) -> None:
         if point.requests == 1:
             await asyncio.sleep(self._lone_pause_s)
 
-    async def _burst(self, requests: int, tokens: int, number: int, answers: list[_Answer]) -> None:
-        """Prompts at once; a lone one is handed over, of several only the first token is of interest."""
-        bodies = [self._body(tokens, LONE_TOKENS if requests == 1 else 1) for _ in range(requests)]
+    def _burst(
+        self, requests: int, tokens: int, number: int, answers: list[_Answer], *, beside: bool = False
+    ) -> list[asyncio.Task[None]]:
+        """Prompts at once; of several that are alone there, only the first token is of interest."""
+        output = HANDED_OVER_TOKENS if requests == 1 or beside else 1
+        bodies = [self._body(tokens, output) for _ in range(requests)]
         burst = [_Answer(tokens, 0.0, decodes=False, burst=number) for _ in bodies]
         answers += burst
-        await asyncio.gather(*(self._ask(a, b) for a, b in zip(burst, bodies, strict=True)))
+        return [asyncio.create_task(self._ask(a, b)) for a, b in zip(burst, bodies, strict=True)]
 
     async def _decode(self, point: Point) -> list[_Answer]:
         if point.requests > 1 or point.beside:
@@ -195,13 +198,18 @@ class UrlProbe:
     async def _beside(self, tokens: int, decoding: list[_Answer], beside: list[_Answer]) -> None:
         """One burst after the other, until enough was decoded."""
         enough = asyncio.create_task(_steady(decoding, 2 * STEADY_TOKENS))
+        tasks: list[asyncio.Task[None]] = []
         try:
             for number in itertools.count():
-                await self._burst(PROMPTS_BESIDE, tokens, number, beside)
+                tasks += self._burst(PROMPTS_BESIDE, tokens, number, beside, beside=True)
+                for answer in beside[-PROMPTS_BESIDE:]:
+                    await _events(answer, 1)  # while these are handed over, the next ones are computed
                 if enough.done():
+                    await asyncio.gather(*tasks)
                     return
         finally:
-            enough.cancel()
+            for task in (enough, *tasks):
+                task.cancel()
 
     def _output(self, prompt_tokens: int) -> int:
         """As many as there is room for: the stream is hung up on when enough has been seen."""

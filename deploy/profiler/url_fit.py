@@ -27,6 +27,7 @@ from deploy.profiler.streams import (
     decode_segments,
     fixed_part_s,
     handover,
+    handover_beside,
     split_fixed_part,
 )
 from deploy.profiler.url import PROMPTS_BESIDE
@@ -51,6 +52,7 @@ class UrlFit:
         prompt_slowdown: factor of the same, 1 without any.
         frontend_s: part of the time to first token that keeps no engine busy.
         handoff_s, handoff_token_s: of a hand-over, fixed and per prompt token; 0 where one engine does both.
+        handoff_beside_s: of one while both phases compute.
     """
 
     fit: Fit
@@ -60,6 +62,7 @@ class UrlFit:
     frontend_s: float
     handoff_s: float
     handoff_token_s: float
+    handoff_beside_s: float
 
 
 def fit_streams(visits: Sequence[PointStreams]) -> UrlFit:
@@ -121,6 +124,7 @@ def fit_streams(visits: Sequence[PointStreams]) -> UrlFit:
         frontend_s=frontend_s,
         handoff_s=handoff_s,
         handoff_token_s=handoff_token_s,
+        handoff_beside_s=handover_beside(visit for visit in visits if visit.point.kind == "mixed"),
     )
 
 
@@ -197,6 +201,7 @@ def profile_of(found: UrlFit, model: str, url: str, visits: Sequence[PointStream
         frontend_s=found.frontend_s,
         handoff_s=found.handoff_s,
         handoff_token_s=found.handoff_token_s,
+        handoff_beside_s=found.handoff_beside_s,
         prefill_contention=max(1.0, found.prompt_slowdown),
         decode_contention=found.decode_slowdown,
     )
@@ -206,7 +211,8 @@ def table_of(found: UrlFit, profile: LatencyProfile) -> str:
     """The fit for people."""
     notes = {
         "front end": f"{found.frontend_s * 1e3:.2f} ms, not in the prefill costs above",
-        "hand-over": f"{found.handoff_s * 1e3:.2f} ms, {found.handoff_token_s * 1e6:.2f} us per prompt token",
+        "hand-over": f"{found.handoff_s * 1e3:.2f} ms, {found.handoff_token_s * 1e6:.2f} us per prompt token"
+        f"; {found.handoff_beside_s * 1e3:.2f} ms while both phases compute",
         "beside the other phase": f"time to first token {found.prompt_slowdown:.2f} x; iterations of decodes "
         + (", ".join(f"{size}: {factor:.2f} x" for size, factor in found.decode_slowdown) or "1 x"),
     }

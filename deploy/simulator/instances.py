@@ -94,6 +94,7 @@ class SimLife:
             HopKind.WHOLE: profile.frontend_s if profile else hop_s,
             HopKind.DECODE: profile.handoff_s if profile else hop_s,
         }
+        self._beside_s = profile.handoff_beside_s if profile else 0.0
         # Of a network that the spec gives, the links take their time for the bytes.
         network = cluster.spec.sim.network
         is_known = network.nic_gbps or network.nvlink_gbps or cluster.spec.sim.hardware
@@ -157,6 +158,8 @@ class SimLife:
     def send(self, hop: Hop) -> None:
         self._cluster.watcher.sent(hop, asyncio.get_running_loop().time())
         delay_s = self._delay_s[hop.kind]
+        if self._beside_s and hop.kind is HopKind.DECODE and self._cluster.both_busy():
+            delay_s = max(delay_s, self._beside_s)
         if self._token_delay_s and hop.kind is HopKind.DECODE:
             delay_s += self._token_delay_s * len(hop.prompt_token_ids)
         if delay_s:
@@ -213,6 +216,13 @@ def _contention(record: Record) -> Levels:
     return ((0, profile.prefill_contention),) if profile.prefill_contention > 1 else ()
 
 
+def _shares(record: Record) -> bool:
+    """Whether it matters there what the other phase does."""
+    latency = record.options.latency
+    beside_s = latency.profile.handoff_beside_s if isinstance(latency, ProfiledLatency) else 0.0
+    return bool(_contention(record) or beside_s)
+
+
 def _request(hop: Hop) -> TokenRequest:
     extra: dict[str, Any] = {}
     if hop.kind is HopKind.PREFILL:
@@ -261,7 +271,7 @@ class SimInstances:
 
     def on_busy(self, role: Role) -> Callable[[bool], None] | None:
         """What an engine of that role shall tell: where the phases share cores, one slows the other."""
-        if not any(_contention(record) for record in self.records.values()):
+        if not any(map(_shares, self.records.values())):
             return None
 
         def told(busy: bool) -> None:
@@ -271,6 +281,10 @@ class SimInstances:
                     life.engine.set_contention(_contention(life.record) if self._busy[role] else ())
 
         return told
+
+    def both_busy(self) -> bool:
+        """Whether some instance of each role computes, as far as that matters."""
+        return all(self._busy.values())
 
     def start_s(self, instance_id: str) -> float:
         """Seconds until a launched life is READY; the first lives are there when the traffic begins."""

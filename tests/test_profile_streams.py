@@ -15,6 +15,7 @@ from deploy.profiler.streams import (
     decode_segments,
     handover,
     handover_beside,
+    handover_each,
     split_fixed_part,
 )
 
@@ -122,6 +123,22 @@ def test_a_handover_beside_is_what_iterations_do_not_explain() -> None:
     quick = [replace(s, times_s=(0.3, 0.34)) for s in handed_over]
     assert handover_beside([PointStreams(point=point, streams=(*decodes, *quick))]) == 0.0
     assert handover_beside([PointStreams(point=point, streams=tuple(decodes))]) == 0.0
+
+
+def test_hand_overs_at_one_time_are_told_apart_by_those_that_decode_together() -> None:
+    def visit(joined: int, late: int) -> PointStreams:
+        """Prompts of one iteration: some decode at once, 3 ms for each after the first, the others later."""
+        gap_s = 0.02 + 0.01 + 0.003 * (joined - 1)
+        streams = [
+            Stream(prompt_tokens=64, sent_s=0.0, times_s=(1.0, 1.0 + gap, 1.05 + gap))
+            for gap in [gap_s] * joined + [gap_s + 0.04] * late
+        ]
+        return PointStreams(point=Point("decode", joined + late, 64), streams=tuple(streams))
+
+    visits = [visit(joined, late) for joined, late in ((2, 0), (3, 2), (6, 1), (1, 5))]
+    assert handover_each(visits, 0.01, lambda requests, context: 0.02) == pytest.approx(0.003)
+    assert handover_each(visits, 0.05, lambda requests, context: 0.02) == 0.0
+    assert handover_each([visit(1, 3)], 0.01, lambda requests, context: 0.02) == 0.0
 
 
 def test_no_handover_where_the_second_token_comes_as_any_other() -> None:

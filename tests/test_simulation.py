@@ -264,6 +264,18 @@ def test_a_hand_over_takes_what_the_profile_says_of_it(
     assert request.end_s == pytest.approx(0.1 + delay_s + 2 * 0.02)
 
 
+def test_hand_overs_at_one_time_go_one_after_the_other(tmp_path: Path) -> None:
+    profile = profile_file(tmp_path, handoff_s=0.01, handoff_each_s=0.004)
+    spec = spec_of(sim={"profile": profile, "max_model_len": 512, "network": {"latency_s": 0.0}})
+    asked = [WorkloadRequest(arrival_s=at_s, input_tokens=64, output_tokens=2) for at_s in (0.0, 0.05, 0.05)]
+    first, second, third = Simulation(spec, asked).run().requests
+    assert first.end_s == pytest.approx(0.1 + 0.01 + 0.02)
+    # Their prompts are one iteration. The third comes 4 ms after the second, whose iteration runs already; in
+    # the next one its KV is read.
+    assert second.end_s == pytest.approx(0.2 + 0.01 + 0.02)
+    assert third.end_s == pytest.approx(0.2 + 0.01 + 0.02 + 0.02)
+
+
 def test_a_hand_over_takes_longer_while_both_phases_compute(tmp_path: Path) -> None:
     profile = profile_file(tmp_path, handoff_s=0.01, handoff_beside_s=0.055)
     spec = spec_of(sim={"profile": profile, "max_model_len": 512, "network": {"latency_s": 0.0}})

@@ -23,6 +23,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 from cluster.latency import Batch, DecodeCost, PrefillCost
 from cluster.latency_fit import nonnegative_fit, usual
@@ -140,6 +141,39 @@ def split_fixed_part(
     engine_s = fixed_part_s(decode)
     frontend_s = min(max(0.0, cost.base_s - engine_s) for cost in costs)
     return tuple(c.model_copy(update={"base_s": c.base_s - frontend_s}) for c in costs), frontend_s
+
+
+# Prompts of one iteration have their tokens within this; requests of one iteration of decodes do, too.
+TOGETHER_S = 0.008
+
+
+def joined_at_once(streams: Sequence[Stream]) -> tuple[int, float] | None:
+    """(requests, seconds from the first token to the second) of the prompts that were handed over first and
+    decoded together from the beginning, on an instance that had nothing to do; None for less than two."""
+    came_s = min((s.times_s[0] for s in streams), default=0.0)
+    gaps = sorted(s.times_s[1] - s.times_s[0] for s in streams if s.times_s[0] <= came_s + TOGETHER_S)
+    joined = [gap_s for gap_s in gaps if gap_s <= gaps[0] + TOGETHER_S]
+    return (len(joined), fmean(joined)) if len(joined) > 1 else None
+
+
+def handover_each(
+    visits: Iterable[PointStreams], handoff_s: float, iteration_s: Callable[[int, int], float]
+) -> float:
+    """By how much each further hand-over at one time is later than the one before: they go through one front
+    end. 0 where none came together.
+
+    Args:
+        handoff_s: of a lone one.
+        iteration_s: of so many decodes with so many tokens of context in all.
+    """
+    each = []
+    for visit in visits:
+        found = joined_at_once([s for s in visit.streams if s.decodes and len(s.times_s) > 1])
+        if found is not None:
+            requests, gap_s = found
+            late_s = gap_s - iteration_s(requests, requests * visit.point.tokens) - handoff_s
+            each.append(late_s / (requests - 1))
+    return max(0.0, fmean(sorted(each)[len(each) // 4 : len(each) - len(each) // 4])) if each else 0.0
 
 
 # Iterations from a hand-over's coming to an instance that decodes to its first token there, on average.

@@ -28,6 +28,7 @@ from deploy.profiler.streams import (
     fixed_part_s,
     handover,
     handover_beside,
+    handover_each,
     split_fixed_part,
 )
 from deploy.profiler.url import PROMPTS_BESIDE
@@ -53,6 +54,7 @@ class UrlFit:
         frontend_s: part of the time to first token that keeps no engine busy.
         handoff_s, handoff_token_s: of a hand-over, fixed and per prompt token; 0 where one engine does both.
         handoff_beside_s: of one while both phases compute.
+        handoff_each_s: of each further one at the same time.
     """
 
     fit: Fit
@@ -63,6 +65,7 @@ class UrlFit:
     handoff_s: float
     handoff_token_s: float
     handoff_beside_s: float
+    handoff_each_s: float
 
 
 def fit_streams(visits: Sequence[PointStreams]) -> UrlFit:
@@ -125,6 +128,11 @@ def fit_streams(visits: Sequence[PointStreams]) -> UrlFit:
         handoff_s=handoff_s,
         handoff_token_s=handoff_token_s,
         handoff_beside_s=handover_beside(visit for visit in visits if visit.point.kind == "mixed"),
+        handoff_each_s=handover_each(
+            (visit for visit in visits if visit.point.kind == "decode" and visit.point.requests > 1),
+            handoff_s,
+            lambda requests, context: together.iteration_s(Batch(0, 0, 0, requests, context)),
+        ),
     )
 
 
@@ -202,6 +210,7 @@ def profile_of(found: UrlFit, model: str, url: str, visits: Sequence[PointStream
         handoff_s=found.handoff_s,
         handoff_token_s=found.handoff_token_s,
         handoff_beside_s=found.handoff_beside_s,
+        handoff_each_s=found.handoff_each_s,
         prefill_contention=max(1.0, found.prompt_slowdown),
         decode_contention=found.decode_slowdown,
     )
@@ -212,7 +221,8 @@ def table_of(found: UrlFit, profile: LatencyProfile) -> str:
     notes = {
         "front end": f"{found.frontend_s * 1e3:.2f} ms, not in the prefill costs above",
         "hand-over": f"{found.handoff_s * 1e3:.2f} ms, {found.handoff_token_s * 1e6:.2f} us per prompt token"
-        f"; {found.handoff_beside_s * 1e3:.2f} ms while both phases compute",
+        f"; {found.handoff_beside_s * 1e3:.2f} ms while both phases compute; "
+        f"each further one at a time {found.handoff_each_s * 1e3:.2f} ms later",
         "beside the other phase": f"time to first token {found.prompt_slowdown:.2f} x; iterations of decodes "
         + (", ".join(f"{size}: {factor:.2f} x" for size, factor in found.decode_slowdown) or "1 x"),
     }

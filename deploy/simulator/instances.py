@@ -95,6 +95,7 @@ class SimLife:
             HopKind.DECODE: profile.handoff_s if profile else hop_s,
         }
         self._beside_s = profile.handoff_beside_s if profile else 0.0
+        self._each_s = profile.handoff_each_s if profile else 0.0
         # Of a network that the spec gives, the links take their time for the bytes.
         network = cluster.spec.sim.network
         is_known = network.nic_gbps or network.nvlink_gbps or cluster.spec.sim.hardware
@@ -158,8 +159,11 @@ class SimLife:
     def send(self, hop: Hop) -> None:
         self._cluster.watcher.sent(hop, asyncio.get_running_loop().time())
         delay_s = self._delay_s[hop.kind]
-        if self._beside_s and hop.kind is HopKind.DECODE and self._cluster.both_busy():
-            delay_s = max(delay_s, self._beside_s)
+        if hop.kind is HopKind.DECODE:
+            if self._beside_s and self._cluster.both_busy():
+                delay_s = max(delay_s, self._beside_s)
+            if self._each_s:
+                delay_s += self._cluster.in_turn(self._each_s)
         if self._token_delay_s and hop.kind is HopKind.DECODE:
             delay_s += self._token_delay_s * len(hop.prompt_token_ids)
         if delay_s:
@@ -260,6 +264,7 @@ class SimInstances:
         self.network = SimNetwork(spec)
         self.lives: dict[str, SimLife] = {}
         self.block_hashes: dict[str, list[int]] = {}
+        self._front_free_s = 0.0
         self._busy = dict.fromkeys(Role, 0)
         of_role = {
             Role.PREFILL: twin_options(spec, Role.PREFILL, prefill_options(spec)),
@@ -281,6 +286,13 @@ class SimInstances:
                     life.engine.set_contention(_contention(life.record) if self._busy[role] else ())
 
         return told
+
+    def in_turn(self, seconds: float) -> float:
+        """How long the front end is busy with others' hand-overs; then with this one for so many seconds."""
+        now_s = asyncio.get_running_loop().time()
+        begin_s = max(now_s, self._front_free_s)
+        self._front_free_s = begin_s + seconds
+        return begin_s - now_s
 
     def both_busy(self) -> bool:
         """Whether some instance of each role computes, as far as that matters."""

@@ -3,7 +3,7 @@
 python -m benchmarks.fidelity                # a model whose engine, not the front end, has the work
 python -m benchmarks.fidelity --size tiny    # the demo's model: here both compete for the same two cores
 python -m benchmarks.fidelity --keep FILE    # also keep what was measured ...
-python -m benchmarks.fidelity --again FILE   # ... to fit and simulate it again
+python -m benchmarks.fidelity --again FILES  # ... to fit and simulate it again, several runs together
 
 Starts `deploy/specs/cpu.yaml` (one prefill, one decode instance, real vLLM and NIXL). A round measures it as
 `pdserve profile --url` does, every point of the grid once, and sends a workload at three loads in between.
@@ -284,24 +284,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", type=Path, help="write the profile here")
     parser.add_argument("--keep", type=Path, help="write what was measured here")
-    parser.add_argument("--again", type=Path, help="what an earlier run kept, instead of measuring")
+    parser.add_argument("--again", type=Path, nargs="+", help="what earlier runs kept, instead of measuring")
     args = parser.parse_args()
     plan = PLANS[args.size]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         spec_path = spec_for(directory, build_model(directory, args.size), args.size)
         if args.again:
-            measured: Measured = pickle.loads(args.again.read_bytes())
+            runs: list[Measured] = [pickle.loads(file.read_bytes()) for file in args.again]
         else:
-            measured = measure(spec_path, plan, args.rounds)
+            runs = [measure(spec_path, plan, args.rounds)]
         if args.keep:
-            args.keep.write_bytes(pickle.dumps(measured))
-        found = fit_streams(measured.visits)
-        profile = profile_of(found, measured.model, URL, measured.visits)
-        if args.profile:
-            profile.save(args.profile)
-        print(table_of(found, profile))
-        print_table(all_simulated(measured, plan, profile, spec_path))
+            args.keep.write_bytes(pickle.dumps(runs[0]))
+        pairs: Pairs = {}
+        for measured in runs:
+            found = fit_streams(measured.visits)
+            profile = profile_of(found, measured.model, URL, measured.visits)
+            if args.profile:
+                profile.save(args.profile)
+            print(table_of(found, profile))
+            for rate, of_rate in all_simulated(measured, plan, profile, spec_path).items():
+                pairs.setdefault(rate, []).extend(of_rate)
+        print_table(pairs)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+
+from cluster.prefix_hash import chain_hashes
 
 
 class _Use:
@@ -94,8 +95,7 @@ class BlockPool:
         if not self._caching:
             return []
         rest = tokens[len(known) * self.block_size :] if known else tokens
-        blocks = zip(*[iter(rest)] * self.block_size, strict=False)
-        return [*known[:-1], *accumulate(blocks, _chain, initial=known[-1] if known else 0)][not known :]
+        return [*known, *chain_hashes(rest, self.block_size, known[-1] if known else 0)]
 
     def find(self, table: BlockTable, limit_tokens: int) -> int:
         """Leading blocks of the prompt that the cache holds, within `limit_tokens`; changes nothing."""
@@ -228,8 +228,3 @@ class BlockPool:
                     count -= 1
             if not blocks:
                 released.popleft()
-
-
-def _chain(before: int, block: tuple[int, ...]) -> int:
-    # Hashes of ints and of tuples of them do not change from process to process.
-    return hash((before, block))

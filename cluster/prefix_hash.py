@@ -1,0 +1,29 @@
+"""Names of KV blocks by what is in them: equal name, equal tokens up to the block's end.
+
+One function for all who speak of blocks (router, workers, twins), so that what one has stored another finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+
+
+def chain(before: int, block: tuple[int, ...]) -> int:
+    """The name of a block that follows the one named `before`; 0 begins a prompt.
+
+    Hashes of ints and of tuples of them are the same in every process of one Python version.
+    """
+    return hash((before, block))
+
+
+def chain_hashes(tokens: Sequence[int], block_size: int, before: int = 0) -> Iterator[int]:
+    """The names of the full blocks of `tokens`, one after the other and no sooner than asked for.
+
+    Args:
+        before: name of the block that they follow.
+    """
+    blocks: Iterable[tuple[int, ...]] = zip(*[iter(tokens)] * block_size, strict=False)
+    names = accumulate(blocks, chain, initial=before)
+    next(names)
+    return names

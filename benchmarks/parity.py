@@ -31,7 +31,8 @@ from deploy.status import fetch_status, read_metric
 from deploy.workload import WorkloadRequest, fit_to_model
 from deploy.workload_grammar import make_workload
 from router.decision_log import LoggedDecision, read_decisions
-from router.policy import Decision, Policy, make_policy
+from router.policies import make_policy
+from router.policy import Decision, Policy
 from router.view import View
 
 PORT = 18320

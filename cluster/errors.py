@@ -106,6 +106,30 @@ class NoInstance(ServingError):
         return f"no {self.role} instance is ready{': ' + self.detail if self.detail else ''}"
 
 
+class Rejected(ServingError):
+    """The cluster is too busy to keep the request's SLO. Facts: `ttft_s`, `tpot_s` (predicted),
+    `ttft_bound_s`, `tpot_bound_s`, `retry_after_s`."""
+
+    retryable = True
+    http_status = 429
+    reason = "rejected-saturated"
+
+    ttft_s: float
+    tpot_s: float
+    ttft_bound_s: float
+    tpot_bound_s: float
+    retry_after_s: int
+
+    def describe(self) -> str:
+        kept = (("TTFT", self.ttft_s, self.ttft_bound_s), ("TPOT", self.tpot_s, self.tpot_bound_s))
+        said = [
+            f"{name} would be {value * 1e3:.0f} ms, its bound is {bound * 1e3:.0f} ms"
+            for name, value, bound in kept
+            if bound < float("inf")
+        ]
+        return f"too busy for this request's SLO: {'; '.join(said)}; try again in {self.retry_after_s} s"
+
+
 class InstanceLost(ServingError):
     """An instance died or became unreachable while it held the request. Facts: `instance`, `stage`."""
 

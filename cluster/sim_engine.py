@@ -9,6 +9,7 @@ same tokens, or a test sees it.
 from __future__ import annotations
 
 import asyncio
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -24,9 +25,9 @@ from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint, Role
 from cluster.latency import EMPTY_BATCH, Batch, Levels, level_at
 from cluster.sim_options import TwinOptions, twin_options
-from cluster.sim_scheduler import Chunk, Scheduler, Sequence, Step
+from cluster.sim_scheduler import Chunk, PromptOrder, Scheduler, Sequence, Step
 from cluster.spec import ClusterSpec
-from cluster.wire import Load, PrefillCounts, StepOutputs, TokenOutput, TokenRequest
+from cluster.wire import DUE_PARAM, Load, PrefillCounts, StepOutputs, TokenOutput, TokenRequest
 
 SIM_ENGINE_NAME = "sim 3"
 _VOCABULARY = range(100, 4000)
@@ -149,6 +150,7 @@ class SimEngine:
         watcher: Watcher | None = None,
         on_busy: Callable[[bool], None] | None = None,
         quiet_s: float = 0.0,
+        order: PromptOrder | None = None,
     ) -> None:
         """
         Args:
@@ -156,6 +158,7 @@ class SimEngine:
             exchange: how KV moves; without one it is there at once and nothing is kept for a reader.
             quiet_s: how long a running request may go without news; 0 tells every token as it comes. More
                 lets many iterations pass as one event, and changes no time.
+            order: in which prompts are computed; none is that of their arrival.
         """
         self._options = options
         self._model = model
@@ -165,7 +168,7 @@ class SimEngine:
         self._quiet_s = quiet_s
         self._is_busy = False
         self._contention: Levels = ()
-        self._scheduler = Scheduler(options)
+        self._scheduler = Scheduler(options, order)
         self._flights: list[_Flight] = []
         self._stage_free_s = [0.0] * options.pipeline_stages
         self._ended_s: dict[int, float] = {}
@@ -224,7 +227,9 @@ class SimEngine:
                 blocks.
         """
         params = request.sampling_params or {}
-        transfer = (params.get("extra_args") or {}).get("kv_transfer_params") or {}
+        extra = params.get("extra_args") or {}
+        transfer = extra.get("kv_transfer_params") or {}
+        due_in_s = extra.get(DUE_PARAM, math.inf)
         sequence = Sequence(
             request_id=request.request_id,
             tokens=request.prompt_token_ids,
@@ -233,6 +238,7 @@ class SimEngine:
             hands_over=bool(transfer.get("do_remote_decode")),
             remote=transfer if transfer.get("do_remote_prefill") else None,
             last_token=request.prompt_token_ids[-1] if request.prompt_token_ids else 0,
+            deadline_s=due_in_s if due_in_s == math.inf else asyncio.get_running_loop().time() + due_in_s,
         )
         if self._flights:
             self._catch_up(asyncio.get_running_loop().time())
@@ -382,7 +388,7 @@ class SimEngine:
         scheduler = self._scheduler
         while True:
             preemptions = scheduler.preemptions
-            step, to_read = scheduler.schedule(lane)
+            step, to_read = scheduler.schedule(lane, now_s)
             for sequence in to_read:
                 self._read(sequence, now_s)
             # Whoever loses its blocks is not admitted again at once, but may be next; and without an exchange

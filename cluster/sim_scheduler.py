@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cluster.latency import Batch
 from cluster.sim_blocks import BlockPool, BlockTable
@@ -33,6 +33,7 @@ class Sequence:
         keeps: whether its blocks stay for a reader when it has ended.
         hands_over: whether its end tells how to read them.
         remote: `kv_transfer_params` of blocks to read first, while they are to be read.
+        deadline_s: time by which it shall have its first token.
         total: tokens whose KV must be there before it gets its next token.
         computed: tokens whose KV is there, or will be with the iterations that run.
         in_flight: those of them that running iterations compute.
@@ -54,6 +55,7 @@ class Sequence:
     keeps: bool = False
     hands_over: bool = False
     remote: Mapping[str, Any] | None = None
+    deadline_s: float = math.inf
     total: int = 0
     computed: int = 0
     in_flight: int = 0
@@ -94,6 +96,14 @@ class Step(NamedTuple):
     batch: Batch
 
 
+class PromptOrder(Protocol):
+    """In which order prompts are computed, where it is not that of their arrival."""
+
+    def rank(self, left_tokens: int, computed_tokens: int, deadline_s: float, now_s: float) -> Any:
+        """The lower, the sooner; comparable with other ranks of the same time."""
+        ...
+
+
 class Scheduler:
     """Requests and KV blocks of one engine.
 
@@ -106,8 +116,9 @@ class Scheduler:
         kept: ended requests whose blocks wait for a reader.
     """
 
-    def __init__(self, options: TwinOptions) -> None:
+    def __init__(self, options: TwinOptions, order: PromptOrder | None = None) -> None:
         self.options = options
+        self._order = order
         self.pool = BlockPool(options.blocks, options.block_size, caching=options.prefix_caching)
         self.groups = [DecodeGroup(options.block_size) for _ in range(options.pipeline_stages)]
         self.waiting: deque[Sequence] = deque()
@@ -198,7 +209,7 @@ class Scheduler:
 
     # --- an iteration
 
-    def schedule(self, lane: int) -> tuple[Step | None, list[Sequence]]:
+    def schedule(self, lane: int, now_s: float = 0.0) -> tuple[Step | None, list[Sequence]]:
         """Decide the next iteration of a lane, and take its blocks.
 
         Returns the iteration, None when there is nothing to compute, and the requests whose KV shall now be
@@ -208,7 +219,7 @@ class Scheduler:
         to_read: list[Sequence] = []
         budget = self.options.max_num_batched_tokens
         before = self.preemptions
-        if self.options.separate_prefill and (chunks := self._prompts(group, budget, before, to_read)):
+        if self.options.separate_prefill and (chunks := self._prompts(group, budget, before, to_read, now_s)):
             return Step(chunks, _batch(None, chunks)), to_read
         while not self.pool.take(group.blocks_at(0)):
             victim = self._victim(group)
@@ -217,7 +228,7 @@ class Scheduler:
         group.begun = True
         chunks = []
         if not self.options.separate_prefill:
-            chunks = self._prompts(group, budget - len(group.members), before, to_read)
+            chunks = self._prompts(group, budget - len(group.members), before, to_read, now_s)
         if not chunks and not group.members:
             group.begun = False
             return None, to_read
@@ -262,18 +273,45 @@ class Scheduler:
     # --- inside
 
     def _prompts(
-        self, group: DecodeGroup, budget: int, preemptions: int, to_read: list[Sequence]
+        self,
+        group: DecodeGroup,
+        budget: int,
+        preemptions: int,
+        to_read: list[Sequence],
+        now_s: float,
     ) -> list[Chunk]:
         """Prompt tokens for an iteration: of the prompts in progress, then of waiting ones, if there were
-        only so many `preemptions` so far."""
-        chunks = self._continue_prompts(group, budget)
+        only so many `preemptions` so far. With an order, those in progress that rank behind the first that
+        waits come last."""
+        ranked = self._ranked(self._order, now_s) if self._order is not None else (self._prefilling, [])
+        first, later = ranked
+        chunks = self._continue_prompts(group, budget, first)
         if self.preemptions == preemptions:
             self._admit(budget - sum(chunk.tokens for chunk in chunks), chunks, to_read)
+            if later:
+                left = budget - sum(chunk.tokens for chunk in chunks)
+                chunks += self._continue_prompts(group, left, later)
         return chunks
 
-    def _continue_prompts(self, group: DecodeGroup, budget: int) -> list[Chunk]:
+    def _ranked(self, order: PromptOrder, now_s: float) -> tuple[list[Sequence], list[Sequence]]:
+        """Prompts in progress that go before those that wait, and the others; all lists in order."""
+
+        def rank(sequence: Sequence) -> Any:
+            left = sequence.total - sequence.computed
+            return order.rank(left, sequence.computed, sequence.deadline_s, now_s)
+
+        under_way = sorted(self._prefilling, key=rank)
+        if not self.waiting:
+            return under_way, []
+        if len(self.waiting) > 1:
+            self.waiting = deque(sorted(self.waiting, key=rank))
+        next_rank = rank(self.waiting[0])
+        first = [sequence for sequence in under_way if not rank(sequence) > next_rank]
+        return first, under_way[len(first) :]
+
+    def _continue_prompts(self, group: DecodeGroup, budget: int, sequences: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for sequence in list(self._prefilling):
+        for sequence in list(sequences):
             if sequence.table.count == 0:
                 continue  # a victim of one before it
             tokens = self._chunk(sequence.total - sequence.computed, budget)

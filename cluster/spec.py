@@ -166,6 +166,10 @@ class ClusterSpec(Frozen):
         engine_process: `own` runs each engine in a process of its own (production); `thread` runs it inside
             the actor and is ready three times as fast (one rank only).
         engine_options: any vLLM engine option, for both pools and the ingress.
+        policy: name of the router's policy (`router.policies`).
+        slo: classes of requests.
+        prefill_order: which prompt goes first: the one that came first, or the one that is due first; of
+            twins only, so far.
     """
 
     name: str = Field(default="pdserve", pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
@@ -184,6 +188,7 @@ class ClusterSpec(Frozen):
     sim: SimEngineSpec = Field(default_factory=SimEngineSpec)
     policy: str = "least_tokens"
     slo: SloSpec = Field(default_factory=SloSpec)
+    prefill_order: Literal["arrival", "deadline"] = "arrival"
 
     @model_validator(mode="after")
     def _check(self) -> ClusterSpec:

@@ -34,6 +34,9 @@ FATAL: Final = b"F"  # header str: the engine died of this
 # Key of `kv_transfer_params` in a request that only tells an engine's connector to release these request ids.
 RELEASE_PARAM: Final = "pdserve_release"
 
+# Key of a request's `extra_args`: seconds until its first token is due.
+DUE_PARAM: Final = "pdserve_due_in_s"
+
 FINISH_STOP: Final = 0
 FINISH_LENGTH: Final = 1
 FINISH_ABORT: Final = 2

@@ -26,7 +26,7 @@ from cluster.spec import ClusterSpec
 from cluster.vllm_api import require_supported_vllm
 from deploy.installation import require_one_installation
 from deploy.running import recorded, this_process
-from router.policy import make_policy
+from router.policies import make_policy
 
 Say = Callable[[str], None]
 
@@ -93,6 +93,13 @@ def _check(spec: ClusterSpec) -> None:
     require_one_installation()
     require_supported_vllm()
     make_policy(spec.policy)
+    if spec.prefill_order == "deadline":
+        raise SpecError(
+            file="(spec)",
+            path="prefill_order",
+            value="deadline",
+            allowed="live engines compute prompts in the order of arrival so far; simulations can do both",
+        )
     if spec.device == "cpu":
         attention_backend(spec)  # on GPU clusters, what is installed here says nothing of the nodes
     looks_local = spec.model.startswith((".", "/", "~")) or spec.model.count("/") != 1

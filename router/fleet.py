@@ -9,38 +9,39 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from cluster.instance import InstanceInfo, InstanceLoad, InstanceState, Role
-from router.view import ClusterView, InstanceView, Reservations, View
-
-
-class Loaded(Protocol):
-    """The way to an instance, as far as a view needs it."""
-
-    load: InstanceLoad
-
+from cluster.instance import InstanceInfo, InstanceState, Role
+from router.prompt_queue import PromptQueue
+from router.view import ClusterView, InstanceView, Loaded, Reservations, View, as_value
 
 L = TypeVar("L", bound=Loaded)
 
 
 @dataclass(slots=True, eq=False)
 class Member(Generic[L]):
-    """An instance and the way to it."""
+    """An instance, the way to it and what policies see of it."""
 
     info: InstanceInfo
     link: L
+    view: InstanceView
 
 
 class Fleet(Generic[L]):
-    """The members, and the live `View` of those that are READY."""
+    """The members, and the live `View` of those that are READY.
 
-    def __init__(self) -> None:
+    Args:
+        by_deadline: whether instances compute prompts in the order of their deadlines.
+    """
+
+    def __init__(self, *, by_deadline: bool = False) -> None:
+        self._by_deadline = by_deadline
         self.reservations = Reservations(self._move)
         self._members: dict[str, Member[L]] = {}
         # (outstanding tokens, engine index, instance id) of the READY ones, in order.
         self._order: dict[Role, list[tuple[int, int, str]]] = {role: [] for role in Role}
         self._placed: dict[str, tuple[int, int, str]] = {}
+        self._ready: dict[Role, tuple[InstanceView, ...] | None] = dict.fromkeys(Role)
 
     def __contains__(self, instance_id: object) -> bool:
         return instance_id in self._members
@@ -64,7 +65,10 @@ class Fleet(Generic[L]):
     def join(self, info: InstanceInfo, link: L) -> None:
         """An instance can be reached."""
         self._unplace(info.instance_id)
-        self._members[info.instance_id] = Member(info, link)
+        view = InstanceView(info=info, link=link, prompts=PromptQueue(by_deadline=self._by_deadline))
+        view.outstanding_tokens = self.reservations.tokens(info.instance_id)
+        view.outstanding_requests = self.reservations.requests(info.instance_id)
+        self._members[info.instance_id] = Member(info, link, view)
         self._place(info)
 
     def leave(self, instance_id: str) -> Member[L] | None:
@@ -78,35 +82,34 @@ class Fleet(Generic[L]):
         if member is None:
             return False
         self._unplace(info.instance_id)
-        member.info = info
+        member.info = member.view.info = info
         self._place(info)
         return True
 
     # --- the view of the READY ones
 
     def of(self, role: Role) -> tuple[InstanceView, ...]:
-        ordered = sorted(self._order[role], key=lambda entry: entry[1])
-        return tuple(self._view(entry) for entry in ordered)
+        ready = self._ready[role]
+        if ready is None:
+            ordered = sorted(self._order[role], key=lambda entry: entry[1])
+            ready = self._ready[role] = tuple(self._members[entry[2]].view for entry in ordered)
+        return ready
 
     def by_tokens(self, role: Role) -> Iterator[InstanceView]:
-        return (self._view(entry) for entry in self._order[role])
+        return (self._members[entry[2]].view for entry in self._order[role])
+
+    def view_of(self, instance_id: str) -> InstanceView | None:
+        """What policies see of a member."""
+        member = self._members.get(instance_id)
+        return None if member is None else member.view
 
     def without(self, instance_ids: frozenset[str]) -> View:
         return _Without(self, instance_ids)
 
     def snapshot(self) -> ClusterView:
         """The view as a value."""
-        return ClusterView(prefill=self.of(Role.PREFILL), decode=self.of(Role.DECODE))
-
-    def _view(self, entry: tuple[int, int, str]) -> InstanceView:
-        tokens, _, instance_id = entry
-        member = self._members[instance_id]
-        return InstanceView(
-            info=member.info,
-            outstanding_tokens=tokens,
-            outstanding_requests=self.reservations.requests(instance_id),
-            load=member.link.load,
-        )
+        prefill, decode = (tuple(map(as_value, self.of(role))) for role in Role)
+        return ClusterView(prefill=prefill, decode=decode)
 
     # --- the order
 
@@ -115,17 +118,30 @@ class Fleet(Generic[L]):
             entry = (self.reservations.tokens(info.instance_id), info.engine_index, info.instance_id)
             insort(self._order[info.role], entry)
             self._placed[info.instance_id] = entry
+            self._ready[info.role] = None
 
     def _unplace(self, instance_id: str) -> None:
         entry = self._placed.pop(instance_id, None)
         if entry is not None:
-            order = self._order[self._members[instance_id].info.role]
+            role = self._members[instance_id].info.role
+            order = self._order[role]
             del order[bisect_left(order, entry)]
+            self._ready[role] = None
 
     def _move(self, instance_id: str) -> None:
-        if instance_id in self._placed:
-            self._unplace(instance_id)
-            self._place(self._members[instance_id].info)
+        """Its reservations have changed."""
+        member = self._members.get(instance_id)
+        if member is None:
+            return
+        view = member.view
+        view.outstanding_tokens = self.reservations.tokens(instance_id)
+        view.outstanding_requests = self.reservations.requests(instance_id)
+        before = self._placed.get(instance_id)
+        if before is not None:
+            order = self._order[member.info.role]
+            del order[bisect_left(order, before)]
+            entry = self._placed[instance_id] = (view.outstanding_tokens, *before[1:])
+            insort(order, entry)
 
 
 class _Without:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Protocol
@@ -40,6 +41,7 @@ class Hop:
         hop_id: the engine's request id, unique per hop: a second request of the same id kills an engine.
         prompt_token_ids: the request's prompt and what was generated elsewhere.
         generated: the request's output tokens that went to the client; one list for all its hops.
+        deadline_s: loop time by which the client shall have its first token; infinite where it has one.
         swallow: output tokens that the client has already, generated again here (replay).
         deliver: whether its tokens go to the client.
         source: the prefill hop whose blocks it reads.
@@ -57,6 +59,7 @@ class Hop:
         "_overdue_after_s",
         "_timer",
         "_waiter",
+        "deadline_s",
         "deliver",
         "engine_ended",
         "generated",
@@ -90,6 +93,7 @@ class Hop:
         deliver: bool,
         swallow: int,
         source: Hop | None = None,
+        deadline_s: float = math.inf,
     ) -> None:
         self.hop_id = hop_id
         self.instance_id = instance_id
@@ -101,6 +105,7 @@ class Hop:
         self.deliver = deliver
         self.swallow = swallow
         self.source = source
+        self.deadline_s = deadline_s
         self.handle: KvHandle | None = None
         self.is_first = not generated
         self.is_last = False

@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.errors import NoInstance, SpecError
+from cluster.errors import NoInstance
 from cluster.instance import Role
 from cluster.request import ServeRequest
-from cluster.spec import UNSPLIT
+from router.predictor import Prediction
 from router.view import InstanceView, View
 
 
@@ -22,6 +22,7 @@ class Decision:
         link: name of the link that its KV takes.
         reason: one line for people.
         candidates: what was weighed, best first, as (instance id, score).
+        predicted: what is expected of it, by policies that predict.
     """
 
     prefill: str
@@ -29,6 +30,7 @@ class Decision:
     link: str
     reason: str
     candidates: tuple[tuple[str, float], ...] = ()
+    predicted: Prediction | None = None
 
 
 class Policy(Protocol):
@@ -76,15 +78,3 @@ def _least(view: View, role: Role) -> InstanceView:
     for instance in view.by_tokens(role):
         return instance
     raise NoInstance(role=role.value)
-
-
-POLICIES: dict[str, type[Policy]] = {"least_tokens": LeastTokens, UNSPLIT: Unsplit}
-
-
-def make_policy(name: str) -> Policy:
-    """The policy of that name. Raises SpecError with the names there are."""
-    if name not in POLICIES:
-        raise SpecError(
-            file="(spec)", path="policy", value=name, allowed=f"the policies are {', '.join(POLICIES)}"
-        )
-    return POLICIES[name]()

@@ -15,6 +15,7 @@ from cluster.spec import DeadlineSpec
 from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
 from router.policy import Decision, Policy
+from router.predictor import Predictor
 from router.run import Run
 from router.view import ClusterView
 
@@ -86,8 +87,20 @@ class Router:
     """
 
     def __init__(
-        self, policy: Policy, deadlines: DeadlineSpec, client: Client, metrics: IngressMetrics
+        self,
+        policy: Policy,
+        deadlines: DeadlineSpec,
+        client: Client,
+        metrics: IngressMetrics,
+        predictor: Predictor | None = None,
+        *,
+        by_deadline: bool = False,
     ) -> None:
+        """
+        Args:
+            predictor: the policy's; it is told how long answers were.
+            by_deadline: whether instances compute prompts in the order of their deadlines.
+        """
         self.deadlines = deadlines
         self.metrics = metrics
         # Looked up once: a lookup by label costs more than the observation.
@@ -95,9 +108,10 @@ class Router:
             stage: metrics.stage_seconds.labels(stage=stage.value)
             for stage in (Stage.PREFILL, Stage.TRANSFER)
         }
-        self.fleet: Fleet[Link] = Fleet()
+        self.fleet: Fleet[Link] = Fleet(by_deadline=by_deadline)
         self.reservations = self.fleet.reservations
         self._policy = policy
+        self._predictor = predictor
         self._client = client
         self._hops: dict[str, Hop] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
@@ -148,11 +162,16 @@ class Router:
         Raises:
             Draining: this router takes no new requests.
             NoInstance: a role has no READY instance.
+            Rejected: it would miss its SLO.
         """
         if self._draining:
             raise Draining()
         run = Run(request, self, asyncio.get_running_loop().time())
-        run.admit()
+        try:
+            run.admit()
+        except ServingError as error:
+            self.metrics.requests.labels(outcome=error.reason).inc()
+            raise
         task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
         self._runs[request.request_id] = task
         self._quiet.clear()
@@ -278,6 +297,8 @@ class Router:
                 error = EngineFailure(instance="router", stage=run.stage.value, detail=repr(error))
             outcome = error.reason
             self._client.fail(request_id, error)
+        elif self._predictor is not None and not task.cancelled():
+            self._predictor.lengths.add(run.request.slo_class, len(run.generated))
         self._client.forget(request_id)
         self.metrics.requests.labels(outcome=outcome).inc()
         if not self._runs:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from cluster.errors import EngineFailure, InstanceLost, ServingError, StageTimeout
 from cluster.handle import KvHandle
 from cluster.request import Handoff, ServeRequest, Stage, Timeline
+from router.admission import require_chance
+from router.claim import Claim
 from router.hop import Hop, HopKind
 from router.policy import Decision
-from router.view import Hold
 
 if TYPE_CHECKING:
     from router.router import Router
@@ -48,20 +50,26 @@ class Run:
         self._read = False
         self._avoid: frozenset[str] = frozenset()
         self._decision: Decision
-        self._holds: list[Hold] = []
+        self._claim: Claim
 
     def admit(self) -> None:
-        """Decide where it goes and reserve room there. Raises ServingError when it can't go anywhere."""
+        """Decide where it goes and reserve room there. Raises ServingError when it can't go anywhere, and
+        Rejected for a new request that would miss its SLO."""
         self._decision = decision = self._router.decide(self.request, self._avoid)
-        lone = self._lone_engine(decision)
-        tokens = len(self.request.prompt_token_ids) + self._carried()
-        places = (decision.prefill, decision.decode) if lone is None else (lone,)
-        self._holds = [self._router.reservations.hold(instance_id, tokens) for instance_id in places]
+        if not self._avoid:
+            require_chance(self.request, decision.predicted)
+        self._claim = Claim(
+            self._router.fleet,
+            self.request,
+            decision,
+            lone=self._lone_engine(decision),
+            tokens=len(self.request.prompt_token_ids) + self._carried(),
+            now_s=self._now(),
+        )
 
     def give_back(self) -> None:
         """Release what is reserved still."""
-        for hold in self._holds:
-            hold.release()
+        self._claim.close(self._now())
 
     async def serve(self) -> None:
         """Serve the request, which was admitted, to its end. Raises ServingError when it can't be."""
@@ -116,6 +124,7 @@ class Run:
         self.timeline.prefill_sent_s = self._now()
         with self._router.open(hop):
             await self._started(hop, self._router.deadlines.prefill_s)
+            self._claim.prefilled(self._now())
             self.stage = Stage.DECODE
             await self._ended(hop)
 
@@ -149,7 +158,7 @@ class Run:
         with self._router.open(hop):
             await self._started(hop, self._router.deadlines.prefill_s)
             await self._ended(hop)
-        self._holds[0].release()
+        self._claim.prefilled(self._now())
         self._observe(Stage.PREFILL, self.timeline.prefill_sent_s)
 
     async def _decode(self, hop: Hop, handle: KvHandle) -> None:
@@ -162,7 +171,9 @@ class Run:
             self._observe(Stage.TRANSFER, self.timeline.decode_sent_s)
             self.stage = Stage.DECODE
             self._account(hop, handle)
+            before = len(self.generated)
             await self._ended(hop)
+        self._claim.decoded(len(self.generated) - before, self._now() - self.timeline.decode_first_s)
 
     def _account(self, hop: Hop, handle: KvHandle) -> None:
         stats = hop.stats
@@ -200,6 +211,7 @@ class Run:
             deliver=kind is not HopKind.PREFILL or carries,
             swallow=0 if carries else len(self.generated),
             source=source,
+            deadline_s=math.inf if self.generated else self.timeline.arrived_s + self.request.slo.ttft_s,
         )
 
     def _prompt_for(self, kind: HopKind, sent: int) -> list[int]:

@@ -3,31 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cluster.instance import InstanceInfo, InstanceLoad, Role
+from router.decode_batch import DecodeBatch
+from router.pace import Pace
+from router.prompt_queue import PromptQueue
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded(Protocol):
+    """Whoever knows the load of an instance."""
+
+    @property
+    def load(self) -> InstanceLoad: ...
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class InstanceView:
-    """One READY instance.
+    """One READY instance. Its owner keeps it up to date; a policy only reads it.
 
     Attributes:
         outstanding_tokens: tokens this router has sent it and that have not ended yet. The router's own
             count, so two picks in a row see each other; the reported load lags behind.
         outstanding_requests: the requests they belong to.
-        load: what the instance last said of itself.
+        prompts, decodes: what the router believes it has to compute.
+        prefill_pace, decode_pace: how many times as long as predicted it takes.
+        link: knows what the instance last said of itself.
     """
 
     info: InstanceInfo
-    outstanding_tokens: int
-    outstanding_requests: int
-    load: InstanceLoad
+    outstanding_tokens: int = 0
+    outstanding_requests: int = 0
+    prompts: PromptQueue = field(default_factory=PromptQueue)
+    decodes: DecodeBatch = field(default_factory=DecodeBatch)
+    prefill_pace: Pace = field(default_factory=Pace)
+    decode_pace: Pace = field(default_factory=Pace)
+    link: Loaded | None = None
 
     @property
     def instance_id(self) -> str:
         return self.info.instance_id
+
+    def has_room(self, tokens: int, share: float = 1.0) -> bool:
+        """Whether all that decodes there and so many tokens more, each at its longest, fit into that share of
+        its KV cache."""
+        facts = self.info.facts
+        return facts is None or self.decodes.peak_tokens + tokens <= share * facts.kv_capacity_tokens
+
+    @property
+    def load(self) -> InstanceLoad:
+        """What the instance last said of itself."""
+        return self.link.load if self.link is not None else InstanceLoad()
+
+
+@dataclass(frozen=True, slots=True)
+class LastSeen:
+    """A load that does not change."""
+
+    load: InstanceLoad
+
+
+def as_value(view: InstanceView) -> InstanceView:
+    """A copy that nobody keeps up to date."""
+    return replace(
+        view,
+        prompts=deepcopy(view.prompts),
+        decodes=deepcopy(view.decodes),
+        prefill_pace=deepcopy(view.prefill_pace),
+        decode_pace=deepcopy(view.decode_pace),
+        link=LastSeen(view.load),
+    )
 
 
 class View(Protocol):

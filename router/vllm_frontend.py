@@ -29,7 +29,7 @@ from cluster.spec import ClusterSpec
 from router.decision_log import DecisionLog, log_path
 from router.hop import Hop, HopKind
 from router.link_zmq import LinkKeeper
-from router.policy import make_policy
+from router.policies import make_policy
 from router.router import Router
 from router.sampling import UNSPLIT, handoff_of, needs_seed
 from router.traits import CURRENT
@@ -54,7 +54,7 @@ class RequestEnded(GracefulHTTPError):  # type: ignore[misc]
         """Headers of the response."""
         headers = {"x-pdserve-reason": self.error.reason}
         if self.error.retryable and self.error.http_status in (429, 503):
-            headers["Retry-After"] = "1"
+            headers["Retry-After"] = str(self.error.facts.get("retry_after_s", 1))
         return headers
 
 

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from cluster.errors import SpecError
-from cluster.instance import InstanceLoad, Role
+from cluster.instance import Role
 from cluster.request import ServeRequest
 from cluster.spec import IngressSpec
 from router import decision_log
@@ -75,9 +75,7 @@ async def test_a_logged_decision_replays_to_the_same_decision(tmp_path: Path) ->
     infos = {name: twin.info for name, twin in cluster.instances.items()}
     for line in read_decisions(tmp_path / "d.jsonl"):
         views = [
-            InstanceView(
-                info=infos[name], outstanding_tokens=tokens, outstanding_requests=0, load=InstanceLoad()
-            )
+            InstanceView(info=infos[name], outstanding_tokens=tokens)
             for name, tokens in line.outstanding.items()
         ]
         view = ClusterView(

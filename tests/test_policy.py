@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import NoInstance, SpecError
-from cluster.instance import InstanceLoad
 from cluster.request import ServeRequest
 from cluster.spec import UNSPLIT
-from router.policy import POLICIES, LeastTokens, make_policy
+from router.policies import POLICIES, make_policy
+from router.policy import LeastTokens
 from router.view import ClusterView, InstanceView, Reservations
 from tests.twins import info_of
 
@@ -19,9 +19,7 @@ REQUEST = ServeRequest(request_id="r", prompt_token_ids=[1, 2, 3], max_tokens=4)
 
 def view_of(role: str, outstanding: list[int]) -> tuple[InstanceView, ...]:
     return tuple(
-        InstanceView(
-            info=info_of(f"{role}-{i}", i), outstanding_tokens=n, outstanding_requests=1, load=InstanceLoad()
-        )
+        InstanceView(info=info_of(f"{role}-{i}", i), outstanding_tokens=n, outstanding_requests=1)
         for i, n in enumerate(outstanding)
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,12 +14,13 @@ from cluster.latency import Batch, Levels, ProfiledLatency
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
-from cluster.wire import TokenOutput, TokenRequest
+from cluster.wire import DUE_PARAM, TokenOutput, TokenRequest
 from cluster.worker import Ready
 from decode_worker.phase import phase_options as decode_options
 from deploy.simulator.network import SimNetwork
 from deploy.simulator.scenario import Scenario
 from prefill_worker.phase import phase_options as prefill_options
+from prefill_worker.phase import prompt_order
 from router.hop import Hop, HopKind
 from router.router import Router
 
@@ -85,6 +87,7 @@ class SimLife:
             watcher=watcher,
             on_busy=cluster.on_busy(info.role),
             quiet_s=QUIET_S,
+            order=prompt_order(cluster.spec, options.latency) if info.role is Role.PREFILL else None,
         )
         self.load = InstanceLoad()
         profile = options.latency.profile if isinstance(options.latency, ProfiledLatency) else None
@@ -157,7 +160,8 @@ class SimLife:
     # A dead process hears nothing; whoever speaks to it learns that later.
 
     def send(self, hop: Hop) -> None:
-        self._cluster.watcher.sent(hop, asyncio.get_running_loop().time())
+        now_s = asyncio.get_running_loop().time()
+        self._cluster.watcher.sent(hop, now_s)
         delay_s = self._delay_s[hop.kind]
         if hop.kind is HopKind.DECODE:
             if self._beside_s and self._cluster.both_busy():
@@ -168,10 +172,10 @@ class SimLife:
             delay_s += self._token_delay_s * len(hop.prompt_token_ids)
         if delay_s:
             self._on_the_way[hop.hop_id] = asyncio.get_running_loop().call_later(
-                delay_s, self._receive, hop.hop_id, _request(hop)
+                delay_s, self._receive, hop.hop_id, _request(hop, now_s + delay_s)
             )
         else:
-            self._receive(hop.hop_id, _request(hop))
+            self._receive(hop.hop_id, _request(hop, now_s))
 
     def abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -227,12 +231,14 @@ def _shares(record: Record) -> bool:
     return bool(_contention(record) or beside_s)
 
 
-def _request(hop: Hop) -> TokenRequest:
+def _request(hop: Hop, now_s: float) -> TokenRequest:
     extra: dict[str, Any] = {}
     if hop.kind is HopKind.PREFILL:
         extra = {"kv_transfer_params": {"do_remote_decode": True}}
     elif hop.kv_params is not None:
         extra = {"kv_transfer_params": hop.kv_params}
+    if hop.deadline_s < math.inf:
+        extra[DUE_PARAM] = hop.deadline_s - now_s
     return TokenRequest(
         request_id=hop.hop_id,
         prompt_token_ids=hop.prompt_token_ids,

@@ -117,6 +117,10 @@ class Journal:
 
     # --- clients
 
+    def class_of(self, index: int) -> SloClass:
+        """The class of a request of the workload."""
+        return ANY if self._classes is None else self._classes[index]
+
     def arrived(self, name: str, index: int, now_s: float) -> None:
         self._tracks[name] = _Track(index, now_s)
 
@@ -243,7 +247,7 @@ class Journal:
     def _ended(self, track: _Track, now_s: float) -> SimulatedRequest:
         track.enter(track.stage, track.last_s if track.finished else now_s)
         status, error = _status(track)
-        slo_class = ANY if self._classes is None else self._classes[track.index]
+        slo_class = self.class_of(track.index)
         first_s = track.first_s
         tpot_s = None
         if first_s is not None and track.tokens > 1:

@@ -30,7 +30,9 @@ from deploy.simulator.scenario import QUIET, Cut, Kill, Scenario, Slow
 from deploy.slo_classes import SloClass
 from deploy.virtual_time import VirtualTimeLoop, run_virtual
 from deploy.workload import WorkloadRequest, fast_prompt_tokens
-from router.policy import Policy, make_policy
+from router.policies import latency_of, make_policy
+from router.policy import Policy
+from router.predictor import Predictor
 from router.router import Router
 
 # The controller answers a watcher at the latest after this, as it does an ingress.
@@ -84,11 +86,14 @@ class Simulation:
         self._seed = seed
         self._journal = Journal(requests, classes, with_spans=with_spans, on_progress=on_progress)
         self._instances = SimInstances(self._spec, scenario, self._journal, self._deliver)
+        predictor = Predictor(latency_of(self._spec))
         self._router = Router(
-            policy or make_policy(spec.policy),
+            policy or make_policy(spec.policy, predictor),
             spec.deadlines,
             self._journal,
             IngressMetrics(CollectorRegistry()),
+            predictor,
+            by_deadline=spec.prefill_order == "deadline",
         )
         self._instances.router = self._router
         self._journal.on_end = lambda name: self._instances.block_hashes.pop(name, None)
@@ -173,6 +178,7 @@ class Simulation:
             if due_s > loop.time():
                 await _sleep_until(loop, due_s)
             name = f"r{index}"
+            slo_class = self._journal.class_of(index)
             self._journal.arrived(name, index, loop.time())
             if index in leaving:
                 loop.call_later(rng.uniform(0, scenario.cancel_within_s), self._leave, name)
@@ -182,6 +188,8 @@ class Simulation:
                         request_id=name,
                         prompt_token_ids=fast_prompt_tokens(request, index),
                         max_tokens=request.output_tokens,
+                        slo=slo_class.slo,
+                        slo_class=slo_class.name,
                     )
                 )
             except ServingError as error:

@@ -1,0 +1,79 @@
+"""A claim: what an attempt of a request has reserved, and its part in what the router believes of instances.
+
+Made with the decision, so that the next decision sees it; given back in parts, on every exit.
+"""
+
+from __future__ import annotations
+
+from cluster.request import ServeRequest
+from router.fleet import Fleet, L
+from router.policy import Decision
+
+
+class Claim:
+    """Room on the instances of a decision."""
+
+    __slots__ = ("_decision", "_decode", "_holds", "_name", "_prefill", "_since_s")
+
+    def __init__(
+        self,
+        fleet: Fleet[L],
+        request: ServeRequest,
+        decision: Decision,
+        *,
+        lone: str | None,
+        tokens: int,
+        now_s: float,
+    ) -> None:
+        """
+        Args:
+            lone: the instance that serves both phases, where one does.
+            tokens: prompt of the attempt.
+        """
+        places = (decision.prefill, decision.decode) if lone is None else (lone,)
+        self._holds = [fleet.reservations.hold(instance_id, tokens) for instance_id in places]
+        self._decision = decision
+        self._name = request.request_id
+        self._since_s = now_s
+        self._prefill = self._decode = None
+        predicted = decision.predicted
+        if predicted is None:
+            return
+        self._prefill, self._decode = fleet.view_of(places[0]), fleet.view_of(places[-1])
+        if self._prefill is not None:
+            self._prefill.prompts.add(
+                self._name, predicted.work_s, now_s + request.slo.ttft_s, now_s, tokens=tokens
+            )
+        if self._decode is not None:
+            self._decode.decodes.add(self._name, tokens, predicted.output_tokens, request.slo.tpot_s)
+
+    def prefilled(self, now_s: float) -> None:
+        """The prompt has its token."""
+        if len(self._holds) > 1:
+            self._holds[0].release()
+        self._leave_queue(now_s, is_served=True)
+
+    def decoded(self, tokens: int, seconds: float) -> None:
+        """So many tokens after the first of the decode instance came in so many seconds."""
+        predicted = self._decision.predicted
+        if self._decode is not None and predicted is not None and tokens > 0:
+            self._decode.decode_pace.learn(predicted.iteration_s, seconds / tokens)
+
+    def close(self, now_s: float) -> None:
+        """Give back what is left; any number of times."""
+        for hold in self._holds:
+            hold.release()
+        self._leave_queue(now_s, is_served=False)
+        if self._decode is not None:
+            self._decode.decodes.remove(self._name)
+            self._decode = None
+
+    def _leave_queue(self, now_s: float, *, is_served: bool) -> None:
+        instance, self._prefill = self._prefill, None
+        predicted = self._decision.predicted
+        if instance is None or predicted is None:
+            return
+        instance.prompts.remove(self._name, now_s)
+        # Behind a queue it would tell more of the others, who may have overtaken it, than of the instance.
+        if is_served and predicted.queue_s < predicted.stage_s / 4:
+            instance.prefill_pace.learn(predicted.stage_s, now_s - self._since_s)

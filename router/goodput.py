@@ -1,0 +1,179 @@
+"""The default policy: serve a request within its SLO at the least cost to the SLOs of the others.
+
+Of each instance it is asked how likely this request keeps its bound there, and how many of the requests that
+are there, or will be, would lose theirs. An instance's "will be" is the average of its pool: what a light
+instance is worth to those with tight bounds counts before any of them comes (Llumnix's virtual usage, with
+SLOs instead of memory), so that requests with loose bounds gather where nobody tight could be served anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from cluster.errors import NoInstance
+from cluster.instance import Role
+from cluster.request import ServeRequest
+from router.pace import chance
+from router.policy import Decision
+from router.predictor import Prediction, Predictor
+from router.view import InstanceView, View
+
+# Of its KV cache, an instance is given no more than this to be used at once: what preemption costs, nobody's
+# slack can pay.
+KV_SHARE = 0.95
+# Differences of expected requests that mean nothing: then the one that is done soonest is taken.
+INDIFFERENT = 0.005
+# A chance to keep the TTFT that no other pool's instance could better by much.
+SURE = 0.97
+
+
+class _Choice(NamedTuple):
+    """An instance for one phase.
+
+    Attributes:
+        own: this request's chance to keep its bound there.
+        harm: others' expected loss, in requests.
+        seconds: predicted TTFT, or TPOT.
+        raw_s: the same without the instance's factor.
+        fits: whether its KV has room there.
+    """
+
+    instance: InstanceView
+    own: float
+    harm: float
+    seconds: float
+    raw_s: float
+    queue_s: float = 0.0
+    fits: bool = True
+
+    def kept(self, weight: float) -> float:
+        """Expected requests that keep their SLO more than without it, for a request that keeps the other
+        bound with the chance `weight`."""
+        return self.own * weight - self.harm
+
+
+class Goodput:
+    """Maximises expected goodput, one request at a time."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+
+    def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
+        prefill_pool, decode_pool = (view.of(role) for role in Role)
+        for role, pool in zip(Role, (prefill_pool, decode_pool), strict=True):
+            if not pool:
+                raise NoInstance(role=role.value)
+        output = self._predictor.output_tokens(request)
+        usual = _average_bounds(decode_pool)
+        decode = _best([self._decode(request, one, output, usual) for one in decode_pool], 1.0)
+        prefill = _best([self._prefill(request, one, now_s) for one in prefill_pool], decode.own)
+        if prefill.own < SURE:
+            # A busy pool's prompts may be computed where there is time for them, among decodes.
+            others = [self._prefill_among(request, one, usual, now_s) for one in decode_pool]
+            prefill = _best([prefill, *others], decode.own)
+            if prefill.instance.info.role is Role.DECODE:
+                # Then it stays there, unless that costs more than moving its KV.
+                here = self._decode(request, prefill.instance, output, usual)
+                if here.fits and here.kept(prefill.own) >= decode.kept(prefill.own) - INDIFFERENT:
+                    decode = here
+        return self._decision(request, prefill, decode, output)
+
+    def _decision(self, request: ServeRequest, prefill: _Choice, decode: _Choice, output: int) -> Decision:
+        names = prefill.instance.instance_id, decode.instance.instance_id
+        odds = prefill.own * decode.own
+        _, work_s = self._predictor.prefill_s(prefill.instance.info.role, len(request.prompt_token_ids))
+        return Decision(
+            prefill=names[0],
+            decode=names[1],
+            link="" if names[0] == names[1] else "nixl",
+            reason=f"TTFT {prefill.seconds * 1e3:.0f} ms on {names[0]}, TPOT {decode.seconds * 1e3:.1f} ms "
+            f"on {names[1]}: {odds:.0%} to keep its SLO, {prefill.harm + decode.harm:.2f} others lost",
+            candidates=((names[0], prefill.own), (names[1], decode.own)),
+            predicted=Prediction(
+                queue_s=prefill.queue_s,
+                work_s=work_s * prefill.instance.prefill_pace.factor,
+                ttft_s=prefill.seconds,
+                tpot_s=decode.seconds,
+                stage_s=prefill.raw_s,
+                iteration_s=decode.raw_s,
+                output_tokens=output,
+                chance=odds,
+            ),
+        )
+
+    def _prefill(self, request: ServeRequest, instance: InstanceView, now_s: float) -> _Choice:
+        """On an instance that computes prompts only."""
+        pace, bound_s = instance.prefill_pace, request.slo.ttft_s
+        alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids))
+        deadline_s = now_s + bound_s
+        queue_s = instance.prompts.wait_s(deadline_s, now_s)
+        seconds = queue_s + alone_s * pace.factor
+        harm = 0.0
+        for prompt, end_s in instance.prompts.behind(deadline_s, now_s):
+            left_s, took_s = prompt.deadline_s - now_s, end_s - now_s
+            before = chance(left_s, took_s, pace.spread)
+            harm += before - chance(left_s, took_s + work_s * pace.factor, pace.spread)
+        own = chance(bound_s, seconds, pace.spread)
+        return _Choice(instance, own, harm, seconds, queue_s / pace.factor + alone_s, queue_s)
+
+    def _prefill_among(
+        self, request: ServeRequest, instance: InstanceView, usual: Mapping[float, float], now_s: float
+    ) -> _Choice:
+        """On an instance that decodes: every decode waits for the prompt once."""
+        pace = instance.prefill_pace
+        alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids))
+        batch_s = self._predictor.iteration_s(instance, 0, 0)
+        queue_s = instance.prompts.wait_s(now_s + request.slo.ttft_s, now_s) + batch_s / 2
+        raw_s = queue_s / pace.factor + alone_s + batch_s
+        seconds = raw_s * pace.factor
+        own = chance(request.slo.ttft_s, seconds, pace.spread)
+        before_s = self._tpot_s(instance, batch_s)
+        after_s = self._tpot_s(instance, batch_s, work_s)
+        harm = _lost(instance.decodes.bounds, before_s, after_s, instance.decode_pace.spread)
+        harm += _lost(usual, before_s, after_s, instance.decode_pace.spread)
+        fits = instance.has_room(len(request.prompt_token_ids), KV_SHARE)
+        return _Choice(instance, own, harm, seconds, raw_s, queue_s, fits)
+
+    def _decode(
+        self, request: ServeRequest, instance: InstanceView, output: int, usual: Mapping[float, float]
+    ) -> _Choice:
+        pace, prompt = instance.decode_pace, len(request.prompt_token_ids)
+        before_s = self._tpot_s(instance, self._predictor.iteration_s(instance, 0, 0))
+        raw_s = self._predictor.iteration_s(instance, 1, prompt + output // 2)
+        after_s = self._tpot_s(instance, raw_s)
+        harm = _lost(instance.decodes.bounds, before_s, after_s, pace.spread)
+        harm += _lost(usual, before_s, after_s, pace.spread)
+        own = chance(request.slo.tpot_s, after_s, pace.spread)
+        return _Choice(instance, own, harm, after_s, raw_s, fits=instance.has_room(prompt + output, KV_SHARE))
+
+    @staticmethod
+    def _tpot_s(instance: InstanceView, iteration_s: float, work_s: float = 0.0) -> float:
+        """With the prompts that are computed in between, spread over an answer."""
+        prompts_s = instance.prompts.work_s + work_s
+        return iteration_s * instance.decode_pace.factor + prompts_s / instance.decodes.usual_output
+
+
+def _best(choices: Sequence[_Choice], weight: float) -> _Choice:
+    """The one with most expected requests kept; of those that are as good, the soonest."""
+    fitting = [choice for choice in choices if choice.fits] or choices
+    most = max(choice.kept(weight) for choice in fitting)
+    good = [choice for choice in fitting if choice.kept(weight) >= most - INDIFFERENT]
+    return min(good, key=lambda c: (c.seconds, c.instance.info.engine_index))
+
+
+def _lost(bounds: Mapping[float, float], before_s: float, after_s: float, spread: float) -> float:
+    """Requests with these bounds that would be lost to slower iterations."""
+    return sum(
+        count * (chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread))
+        for bound_s, count in bounds.items()
+    )
+
+
+def _average_bounds(instances: Sequence[InstanceView]) -> dict[float, float]:
+    """Requests per instance by bound."""
+    usual: dict[float, float] = {}
+    for instance in instances:
+        for bound_s, count in instance.decodes.bounds.items():
+            usual[bound_s] = usual.get(bound_s, 0.0) + count / len(instances)
+    return usual

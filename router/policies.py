@@ -1,0 +1,39 @@
+"""The policies by name. A new one is one class, one line here, one test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cluster.errors import SpecError
+from cluster.instance import Role
+from cluster.latency import LatencyModel
+from cluster.sim_options import twin_options
+from cluster.spec import UNSPLIT, ClusterSpec
+from router.goodput import Goodput
+from router.peers import Mooncake, PowerOfTwo, RoundRobin, SplitwiseJsq
+from router.policy import LeastTokens, Policy, Unsplit
+from router.predictor import Predictor
+
+POLICIES: dict[str, Callable[[Predictor], Policy]] = {
+    "goodput": Goodput,
+    "least_tokens": lambda predictor: LeastTokens(),
+    "round_robin": lambda predictor: RoundRobin(),
+    "power_of_two": lambda predictor: PowerOfTwo(),
+    "splitwise_jsq": SplitwiseJsq,
+    "mooncake": Mooncake,
+    UNSPLIT: lambda predictor: Unsplit(),
+}
+
+
+def make_policy(name: str, predictor: Predictor | None = None) -> Policy:
+    """The policy of that name. Raises SpecError with the names there are."""
+    if name not in POLICIES:
+        raise SpecError(
+            file="(spec)", path="policy", value=name, allowed=f"the policies are {', '.join(POLICIES)}"
+        )
+    return POLICIES[name](predictor or Predictor())
+
+
+def latency_of(spec: ClusterSpec) -> Mapping[Role, LatencyModel]:
+    """What the spec says of the speed of both roles. Raises SpecError as `twin_options`."""
+    return {role: twin_options(spec, role, {}).latency for role in Role}

@@ -1,0 +1,94 @@
+"""What a request will take where: time to first token, time per output token, length of its answer.
+
+Times of iterations are the latency model's; each instance has its own factor on them, learned from what
+happened there. The parts: a prompt waits for the prompts before it and takes what its uncached tokens take;
+its KV moves; it waits for the iteration that runs on the decode instance; and then every iteration of the
+batch, with this request in it, gives one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.instance import Role
+from cluster.latency import Batch, ConstantLatency, LatencyModel
+from cluster.request import ServeRequest
+from router.output_lengths import OutputLengths
+from router.view import InstanceView
+
+# What a further prompt adds to a batch that is large already is its part of a queue; alone it would pay an
+# iteration's fixed part again.
+FULL_BATCH_TOKENS = 2048
+# Of answers of the class: half are longer, so that a sum over many requests is right.
+LENGTH_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What was expected of a request when it was decided on.
+
+    Attributes:
+        queue_s: until its prompt begins to be computed.
+        work_s: what it adds to the queue.
+        ttft_s, tpot_s: as its SLO counts them.
+        stage_s: from the decision to the first token, without the instance's factor.
+        iteration_s: of the decode batch with it, without the instance's factor.
+        output_tokens: of its answer.
+        chance: to keep its SLO, 0 to 1.
+    """
+
+    queue_s: float
+    work_s: float
+    ttft_s: float
+    tpot_s: float
+    stage_s: float
+    iteration_s: float
+    output_tokens: int
+    chance: float
+
+
+class Predictor:
+    """Latency models of both roles, and the lengths of answers.
+
+    Attributes:
+        lengths: of the answers that ended.
+    """
+
+    def __init__(self, latency: Mapping[Role, LatencyModel] | None = None) -> None:
+        constant = ConstantLatency()
+        self._latency = latency or dict.fromkeys(Role, constant)
+        # Of the last prompt: a decision asks for the same one once for every instance.
+        self._prefill: dict[Role, tuple[tuple[int, int], tuple[float, float]]] = {}
+        self.lengths = OutputLengths()
+
+    def output_tokens(self, request: ServeRequest) -> int:
+        """Expected length of its answer."""
+        return self.lengths.quantile(request.slo_class, LENGTH_SHARE, limit=request.max_tokens)
+
+    def prefill_s(self, role: Role, tokens: int, cached: int = 0) -> tuple[float, float]:
+        """(alone, in a queue) seconds of a prompt of which `cached` tokens need no computing, without any
+        instance's factor."""
+        known = self._prefill.get(role)
+        if known is not None and known[0] == (tokens, cached):
+            return known[1]
+        latency = self._latency[role]
+        fresh = max(1, tokens - cached)
+        attention = tokens * tokens - cached * cached
+        alone_s = latency.iteration_s(Batch(fresh, attention, 1))
+        full = FULL_BATCH_TOKENS
+        base_s = latency.iteration_s(Batch(full, full * full, 1))
+        both_s = latency.iteration_s(Batch(full + fresh, full * full + attention, 2))
+        found = alone_s, max(0.0, both_s - base_s)
+        self._prefill[role] = (tokens, cached), found
+        return found
+
+    def iteration_s(self, instance: InstanceView, requests: int, context_tokens: int) -> float:
+        """Of so many requests more than the instance has, without its factor."""
+        batch = instance.decodes
+        requests += len(batch)
+        if not requests:
+            return 0.0
+        return self._latency[instance.info.role].iteration_s(
+            Batch(0, 0, 0, requests, batch.context_tokens + context_tokens)
+        )

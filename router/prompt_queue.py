@@ -1,0 +1,102 @@
+"""The prompts that an instance was given and has not answered, and when a further one could begin."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class PendingPrompt(NamedTuple):
+    """A prompt under way, in the order in which it is computed.
+
+    Attributes:
+        key: what it is ordered by: its deadline, or 0 where the first to come is the first to be served.
+        number: ties go by arrival.
+        work_s: how long it alone takes.
+        deadline_s: loop time by which it shall have its token.
+    """
+
+    key: float
+    number: int
+    work_s: float
+    deadline_s: float
+    name: str
+    tokens: int
+
+
+class PromptQueue:
+    """What the router believes of one instance's prompts.
+
+    Attributes:
+        work_s, tokens: sums over the prompts.
+    """
+
+    __slots__ = ("_by_deadline", "_by_name", "_number", "_prompts", "_since_s", "tokens", "work_s")
+
+    def __init__(self, *, by_deadline: bool = False) -> None:
+        self._by_deadline = by_deadline
+        self._prompts: list[PendingPrompt] = []
+        self._by_name: dict[str, PendingPrompt] = {}
+        self._number = 0
+        self._since_s = 0.0
+        self.work_s = 0.0
+        self.tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __iter__(self) -> Iterator[PendingPrompt]:
+        return iter(self._prompts)
+
+    def add(self, name: str, work_s: float, deadline_s: float, now_s: float, *, tokens: int = 0) -> None:
+        """A prompt was sent there."""
+        if not self._prompts:
+            self._since_s = now_s
+        self._number += 1
+        key = deadline_s if self._by_deadline else 0.0
+        prompt = PendingPrompt(key, self._number, work_s, deadline_s, name, tokens)
+        insort(self._prompts, prompt)
+        self._by_name[name] = prompt
+        self.work_s += work_s
+        self.tokens += tokens
+
+    def remove(self, name: str, now_s: float) -> float | None:
+        """It was answered, or left. Returns how long the instance worked on it as far as can be told: since
+        the last one that ended there, or since it came; None when it is not there."""
+        prompt = self._by_name.pop(name, None)
+        if prompt is None:
+            return None
+        self._prompts.remove(prompt)
+        self.work_s = self.work_s - prompt.work_s if self._prompts else 0.0
+        self.tokens -= prompt.tokens
+        took_s = now_s - self._since_s
+        self._since_s = now_s
+        return took_s
+
+    def wait_s(self, deadline_s: float, now_s: float) -> float:
+        """Seconds until a new prompt with that deadline could begin."""
+        if not self._prompts:
+            return 0.0
+        if not self._by_deadline:
+            ahead_s = self.work_s
+        else:
+            # The one that is being computed goes on to the end of its chunk at least; that it is the first
+            # is as good a guess as any.
+            ahead_s = self._prompts[0].work_s
+            for prompt in self._prompts[1:]:
+                if prompt.key > deadline_s:
+                    break
+                ahead_s += prompt.work_s
+        return max(0.0, ahead_s - (now_s - self._since_s))
+
+    def behind(self, deadline_s: float, now_s: float) -> Iterator[tuple[PendingPrompt, float]]:
+        """The prompts that a new one with that deadline would delay, each with the time at which it would
+        have its token without it."""
+        if not self._by_deadline:
+            return
+        end_s = now_s - min(now_s - self._since_s, self._prompts[0].work_s if self._prompts else 0.0)
+        for position, prompt in enumerate(self._prompts):
+            end_s += prompt.work_s
+            if position and prompt.key > deadline_s:
+                yield prompt, end_s

@@ -1,0 +1,70 @@
+"""What the router believes of an instance: its prompts and its decodes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.decode_batch import DecodeBatch
+from router.prompt_queue import PromptQueue
+
+
+def test_the_first_to_come_is_the_first_to_be_served() -> None:
+    queue = PromptQueue()
+    assert queue.wait_s(1.0, 0.0) == 0.0
+    queue.add("a", 2.0, deadline_s=9.0, now_s=0.0)
+    queue.add("b", 3.0, deadline_s=1.0, now_s=0.5)
+    assert queue.wait_s(0.1, now_s=1.0) == pytest.approx(4.0)
+    assert list(queue.behind(0.1, now_s=1.0)) == []
+    assert queue.remove("a", 2.5) == pytest.approx(2.5)
+    assert queue.wait_s(0.1, now_s=3.0) == pytest.approx(2.5)
+    assert queue.wait_s(0.1, now_s=99.0) == 0.0  # late, but not before now
+    assert queue.remove("b", 5.5) == pytest.approx(3.0)
+    assert len(queue) == 0
+    assert queue.work_s == 0.0
+
+
+def test_by_deadline_those_with_later_ones_are_delayed() -> None:
+    queue = PromptQueue(by_deadline=True)
+    queue.add("running", 2.0, deadline_s=3.0, now_s=0.0)
+    queue.add("late", 1.0, deadline_s=9.0, now_s=0.0)
+    queue.add("soon", 1.0, deadline_s=4.0, now_s=0.0)
+    assert queue.wait_s(5.0, now_s=1.0) == pytest.approx(2.0)  # the rest of "running", and "soon"
+    assert [(p.name, end_s) for p, end_s in queue.behind(5.0, now_s=1.0)] == [("late", pytest.approx(4.0))]
+    assert [p.name for p, _ in queue.behind(3.5, now_s=1.0)] == ["soon", "late"]
+
+
+def test_removing_what_is_not_there() -> None:
+    assert PromptQueue().remove("a", 1.0) is None
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 5), st.floats(0, 50)), max_size=20), st.floats(0, 50), st.booleans()
+)
+def test_a_wait_is_never_negative_nor_more_than_all_the_work(
+    prompts: list[tuple[float, float]], deadline_s: float, by_deadline: bool
+) -> None:
+    queue = PromptQueue(by_deadline=by_deadline)
+    for number, (work_s, due_s) in enumerate(prompts):
+        queue.add(str(number), work_s, due_s, now_s=0.0)
+    assert 0 <= queue.wait_s(deadline_s, 0.5) <= sum(work_s for work_s, _ in prompts)
+    for number in range(len(prompts)):
+        queue.remove(str(number), 1.0)
+    assert queue.work_s == 0.0
+
+
+def test_a_batch_is_the_sum_of_its_requests() -> None:
+    batch = DecodeBatch()
+    batch.add("a", 100, 50, 0.05)
+    batch.add("b", 1000, 200, math.inf)
+    batch.add("c", 10, 10, 0.05)
+    assert len(batch) == 3
+    assert batch.context_tokens == 125 + 1100 + 15
+    assert batch.peak_tokens == 150 + 1200 + 20
+    assert batch.bounds == {0.05: 2, math.inf: 1}
+    for name in ("a", "b", "c", "c"):
+        batch.remove(name)
+    assert (len(batch), batch.context_tokens, batch.peak_tokens, batch.bounds) == (0, 0, 0, {})

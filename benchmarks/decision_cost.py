@@ -1,0 +1,92 @@
+"""What a decision costs: microseconds of each policy in clusters of two sizes (Markdown).
+
+python -m benchmarks.decision_cost
+
+Instances that have prompts and decodes of three classes; prompts of 16k tokens. Policies take turns, so that
+a neighbour on the machine disturbs all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from random import Random
+
+from benchmarks.policies import MIXED, spec_of
+from cluster.instance import EngineFacts, Fingerprint, InstanceInfo, InstanceLoad, InstanceState, Role
+from cluster.request import ServeRequest
+from router.fleet import Fleet
+from router.policies import POLICIES, latency_of, make_policy
+from router.predictor import Predictor
+from router.view import LastSeen
+
+SIZES = (32, 512)
+PROMPT_TOKENS = 16_000
+DECISIONS = 1000
+
+
+def loaded_fleet(count: int, rng: Random) -> Fleet[LastSeen]:
+    """Instances of both roles as a busy cluster has them."""
+    facts = EngineFacts(
+        fingerprint=Fingerprint(engine="sim", model="m", dtype="", kv_dtype="", block_size_tokens=16),
+        max_model_len=32_768,
+        kv_capacity_tokens=500_000,
+        kv_bytes_per_token=1,
+        max_num_seqs=1024,
+    )
+    fleet: Fleet[LastSeen] = Fleet(by_deadline=True)
+    for role in Role:
+        for number in range(count):
+            name = f"{role}-{number}"
+            state = InstanceState.READY
+            info = InstanceInfo(instance_id=name, role=role, engine_index=number, state=state, facts=facts)
+            fleet.join(info, LastSeen(InstanceLoad()))
+            view = fleet.view_of(name)
+            assert view is not None
+            for prompt in range(rng.randrange(4) if role is Role.PREFILL else 0):
+                view.prompts.add(f"p{prompt}", rng.uniform(0.05, 0.4), rng.uniform(0.3, 9.0), 0.0)
+            for decode in range(rng.randrange(20, 60) if role is Role.DECODE else 0):
+                slo = rng.choice(MIXED).slo
+                view.decodes.add(f"d{decode}", rng.randrange(100, 4000), rng.randrange(20, 500), slo.tpot_s)
+    return fleet
+
+
+def measure(count: int, decisions: int) -> dict[str, list[float]]:
+    """Seconds of each decision, by policy."""
+    rng = Random(count)
+    fleet = loaded_fleet(count, rng)
+    latency = latency_of(spec_of(32, "goodput"))
+    policies = {name: make_policy(name, Predictor(latency)) for name in POLICIES if name != "unsplit"}
+    took: dict[str, list[float]] = {name: [] for name in policies}
+    tokens = [rng.randrange(100_000) for _ in range(PROMPT_TOKENS)]
+    for number in range(decisions):
+        request = ServeRequest(
+            request_id=f"r{number}",
+            prompt_token_ids=tokens[: rng.randrange(PROMPT_TOKENS // 2, PROMPT_TOKENS)],
+            max_tokens=500,
+            slo=rng.choice(MIXED).slo,
+        )
+        for name, policy in policies.items():
+            began_s = time.perf_counter()
+            policy.decide(request, fleet, 0.1)
+            took[name].append(time.perf_counter() - began_s)
+    return took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--decisions", type=int, default=DECISIONS)
+    args = parser.parse_args()
+    print("| instances of each role | policy | p50 (us) | p99 (us) |\n|---|---|---|---|")
+    for count in SIZES:
+        for name, seconds in measure(count, args.decisions).items():
+            ordered = sorted(seconds)
+            p50, p99 = (ordered[math.ceil(share * len(ordered)) - 1] * 1e6 for share in (0.5, 0.99))
+            print(f"| {count} | {name} | {p50:.0f} | {p99:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

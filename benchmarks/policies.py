@@ -1,0 +1,138 @@
+"""Policies against each other: goodput at 90 % attainment on real traces, simulated, as ratios (Markdown).
+
+python -m benchmarks.policies                                     # all policies, traces and sizes, 3 seeds
+python -m benchmarks.policies --gpus 32 --traces mixed --seeds 1 --policies goodput least_tokens
+
+Llama-3-70B on H100s by the roofline, instances of 4 GPUs, half of them for each phase. A seed picks the part
+of the trace and who is in which class; every policy gets the same requests. Needs the shared traces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+from statistics import fmean
+
+from benchmarks.latency_data import TRACES
+from benchmarks.simulator_speed import SPECS
+from cluster.request import Slo
+from cluster.spec import ClusterSpec, load_spec
+from deploy.goodput_search import find_goodput
+from deploy.simulator.run import Simulation
+from deploy.slo_classes import SloClass, assign_slo_classes
+from deploy.trace_files import load_trace
+from deploy.workload import WorkloadRequest, from_zero, rescale
+from router.policies import POLICIES
+
+SPEC = SPECS / "h100-70b-8p8d.yaml"
+TARGET = 0.9
+TOLERANCE = 0.02
+# Enough that the run is long beside an answer, few enough for a search in half a minute.
+REQUESTS_PER_GPU = 60
+CONVERSATION = TRACES / "azure2023" / "AzureLLMInferenceTrace_conv.csv.gz"
+CODE = TRACES / "azure2023" / "AzureLLMInferenceTrace_code.csv.gz"
+USUAL = (SloClass(name="all", slo=Slo(ttft_s=1.0, tpot_s=0.04), share=1.0),)
+MIXED = (
+    SloClass(name="interactive", slo=Slo(ttft_s=0.4, tpot_s=0.025), share=0.3),
+    SloClass(name="usual", slo=Slo(ttft_s=2.0, tpot_s=0.06), share=0.4),
+    SloClass(name="background", slo=Slo(ttft_s=20.0, tpot_s=0.2), share=0.3),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """A trace and its classes; `start_rps` is a rate per GPU at which the search begins."""
+
+    path: object
+    classes: tuple[SloClass, ...]
+    start_rps: float
+
+
+TRAFFIC = {
+    "conversation": Traffic(path=CONVERSATION, classes=USUAL, start_rps=0.4),
+    "code": Traffic(path=CODE, classes=USUAL, start_rps=0.2),
+    "mixed": Traffic(path=CONVERSATION, classes=MIXED, start_rps=0.3),
+}
+
+
+def spec_of(gpus: int, policy: str) -> ClusterSpec:
+    """Half of the GPUs for each phase."""
+    spec = load_spec(SPEC, {"policy": policy})
+    pools = {
+        role: getattr(spec, role).model_copy(update={"count": gpus // 2 // spec.prefill.ranks})
+        for role in ("prefill", "decode")
+    }
+    return spec.model_copy(update=pools)
+
+
+@cache
+def trace(path: object) -> list[WorkloadRequest]:
+    return load_trace(path)  # type: ignore[arg-type]
+
+
+def requests_of(traffic: Traffic, gpus: int, seed: int) -> tuple[list[WorkloadRequest], tuple[SloClass, ...]]:
+    """A part of the trace, from a random place on, and the class of each request."""
+    rng = Random(f"{seed}/part")
+    count = REQUESTS_PER_GPU * gpus
+    whole = trace(traffic.path)
+    first = rng.randrange(max(1, len(whole) - count))
+    longest = spec_of(gpus, "least_tokens").engine_options["max_model_len"]
+    part = [r for r in whole[first : first + count] if r.input_tokens + r.output_tokens <= longest]
+    return from_zero(part), assign_slo_classes(part, traffic.classes, Random(f"{seed}/classes"))
+
+
+def attainment(spec: ClusterSpec, requests: Sequence[WorkloadRequest], classes: Sequence[SloClass]) -> float:
+    result = Simulation(spec, requests, classes).run()
+    return sum(request.met for request in result.requests) / len(result.requests)
+
+
+def goodput(name: str, traffic: Traffic, gpus: int, seed: int) -> float:
+    """Requests/s and GPU."""
+    requests, classes = requests_of(traffic, gpus, seed)
+    spec = spec_of(gpus, name)
+    found = find_goodput(
+        lambda rate: attainment(spec, rescale(requests, rate_rps=rate), classes),
+        target=TARGET,
+        tolerance=TOLERANCE,
+        start_rps=traffic.start_rps * gpus,
+    )
+    return found.rate_rps / gpus
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = [name for name in POLICIES if name != "unsplit"]
+    parser.add_argument("--gpus", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--traces", nargs="+", choices=list(TRAFFIC), default=list(TRAFFIC))
+    parser.add_argument("--policies", nargs="+", choices=known, default=known)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    if not TRACES.is_dir():
+        sys.exit(f"{TRACES.name}: the shared traces are needed beside the checkout")
+    print("| trace | GPUs | policy | requests/s and GPU, by seed | mean | goodput's ratio to it |")
+    print("|---|---|---|---|---|---|")
+    for name in args.traces:
+        for gpus in args.gpus:
+            found: dict[str, list[float]] = {}
+            for policy in args.policies:
+                began_s = time.perf_counter()
+                found[policy] = [goodput(policy, TRAFFIC[name], gpus, seed) for seed in range(args.seeds)]
+                print(f"{name} {gpus} {policy}: {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
+            best = fmean(found.get("goodput", [0.0]))
+            for policy, rates in found.items():
+                mean = fmean(rates)
+                by_seed = ", ".join(f"{rate:.3f}" for rate in rates)
+                print(
+                    f"| {name} | {gpus} | {policy} | {by_seed} | {mean:.3f} | {best / mean:.2f} |", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()

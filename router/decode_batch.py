@@ -26,12 +26,19 @@ class DecodeBatch:
         context_tokens: sum over the requests, each halfway through its answer.
         peak_tokens: sum over the requests, each at its end: more than there will be at any time.
         bounds: requests by their TPOT bound.
+        iteration_s: of the batch as it is, where somebody has computed it; None after every change.
     """
 
-    __slots__ = ("_requests", "bounds", "context_tokens", "peak_tokens")
+    __slots__ = ("_pool", "_requests", "bounds", "context_tokens", "iteration_s", "peak_tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, pool: dict[float, int] | None = None) -> None:
+        """
+        Args:
+            pool: `bounds` of all instances of a pool, kept up to date here.
+        """
+        self._pool = pool
         self._requests: dict[str, DecodingRequest] = {}
+        self.iteration_s: float | None = None
         self.context_tokens = 0
         self.peak_tokens = 0
         self.bounds: dict[float, int] = {}
@@ -54,7 +61,7 @@ class DecodeBatch:
         self._requests[name] = request
         self.context_tokens += request.context_tokens
         self.peak_tokens += request.peak_tokens
-        self.bounds[tpot_s] = self.bounds.get(tpot_s, 0) + 1
+        self._count(tpot_s, 1)
 
     def remove(self, name: str) -> None:
         """It has ended, or left."""
@@ -63,7 +70,25 @@ class DecodeBatch:
             return
         self.context_tokens -= request.context_tokens
         self.peak_tokens -= request.peak_tokens
-        if self.bounds[request.tpot_s] == 1:
-            del self.bounds[request.tpot_s]
-        else:
-            self.bounds[request.tpot_s] -= 1
+        self._count(request.tpot_s, -1)
+
+    def leave_pool(self) -> None:
+        """The pool has no such instance any more."""
+        pool, self._pool = self._pool, None
+        for tpot_s, count in self.bounds.items():
+            _add(pool, tpot_s, -count)
+
+    def _count(self, tpot_s: float, count: int) -> None:
+        self.iteration_s = None
+        _add(self.bounds, tpot_s, count)
+        _add(self._pool, tpot_s, count)
+
+
+def _add(bounds: dict[float, int] | None, tpot_s: float, count: int) -> None:
+    if bounds is None:
+        return
+    total = bounds.get(tpot_s, 0) + count
+    if total:
+        bounds[tpot_s] = total
+    else:
+        del bounds[tpot_s]

@@ -7,11 +7,12 @@ reservation, so the least loaded ones are at hand.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cluster.instance import InstanceInfo, InstanceState, Role
+from router.decode_batch import DecodeBatch
 from router.prompt_queue import PromptQueue
 from router.view import ClusterView, InstanceView, Loaded, Reservations, View, as_value
 
@@ -42,6 +43,7 @@ class Fleet(Generic[L]):
         self._order: dict[Role, list[tuple[int, int, str]]] = {role: [] for role in Role}
         self._placed: dict[str, tuple[int, int, str]] = {}
         self._ready: dict[Role, tuple[InstanceView, ...] | None] = dict.fromkeys(Role)
+        self._bounds: dict[Role, dict[float, int]] = {role: {} for role in Role}
 
     def __contains__(self, instance_id: object) -> bool:
         return instance_id in self._members
@@ -65,7 +67,13 @@ class Fleet(Generic[L]):
     def join(self, info: InstanceInfo, link: L) -> None:
         """An instance can be reached."""
         self._unplace(info.instance_id)
-        view = InstanceView(info=info, link=link, prompts=PromptQueue(by_deadline=self._by_deadline))
+        self._retire(info.instance_id)
+        view = InstanceView(
+            info=info,
+            link=link,
+            prompts=PromptQueue(by_deadline=self._by_deadline),
+            decodes=DecodeBatch(self._bounds[info.role]),
+        )
         view.outstanding_tokens = self.reservations.tokens(info.instance_id)
         view.outstanding_requests = self.reservations.requests(info.instance_id)
         self._members[info.instance_id] = Member(info, link, view)
@@ -74,6 +82,7 @@ class Fleet(Generic[L]):
     def leave(self, instance_id: str) -> Member[L] | None:
         """It can't be reached any more; None when it was none of ours."""
         self._unplace(instance_id)
+        self._retire(instance_id)
         return self._members.pop(instance_id, None)
 
     def update(self, info: InstanceInfo) -> bool:
@@ -103,6 +112,9 @@ class Fleet(Generic[L]):
         member = self._members.get(instance_id)
         return None if member is None else member.view
 
+    def bounds(self, role: Role) -> Mapping[float, int]:
+        return self._bounds[role]
+
     def without(self, instance_ids: frozenset[str]) -> View:
         return _Without(self, instance_ids)
 
@@ -110,6 +122,11 @@ class Fleet(Generic[L]):
         """The view as a value."""
         prefill, decode = (tuple(map(as_value, self.of(role))) for role in Role)
         return ClusterView(prefill=prefill, decode=decode)
+
+    def _retire(self, instance_id: str) -> None:
+        """What the member decodes is nobody's now."""
+        if (member := self._members.get(instance_id)) is not None:
+            member.view.decodes.leave_pool()
 
     # --- the order
 
@@ -162,6 +179,9 @@ class _Without:
             yield from left
             return
         yield from self._view.by_tokens(role)
+
+    def bounds(self, role: Role) -> Mapping[float, int]:
+        return self._view.bounds(role)
 
     def without(self, instance_ids: frozenset[str]) -> View:
         return _Without(self._view, self._out | instance_ids)

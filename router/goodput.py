@@ -8,7 +8,8 @@ SLOs instead of memory), so that requests with loose bounds gather where nobody 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from cluster.errors import NoInstance
@@ -24,6 +25,8 @@ from router.view import InstanceView, View
 KV_SHARE = 0.95
 # Differences of expected requests that mean nothing: then the one that is done soonest is taken.
 INDIFFERENT = 0.005
+# A bound that is so many times as long, or short, as an iteration is kept, or missed, whatever its error.
+CLEAR = 0.4
 # A chance to keep the TTFT that no other pool's instance could better by much.
 SURE = 0.97
 
@@ -65,13 +68,33 @@ class Goodput:
             if not pool:
                 raise NoInstance(role=role.value)
         output = self._predictor.output_tokens(request)
-        usual = _average_bounds(decode_pool)
-        decode = _best([self._decode(request, one, output, usual) for one in decode_pool], 1.0)
-        prefill = _best([self._prefill(request, one, now_s) for one in prefill_pool], decode.own)
+        share = 1 / len(decode_pool)
+        usual = {bound_s: count * share for bound_s, count in view.bounds(Role.DECODE).items()}
+        decode = _search(
+            sorted(decode_pool, key=self._by_batch),
+            lambda instance: self._decode(request, instance, output, usual),
+            1.0,
+        )
+        alone_s, _ = self._predictor.prefill_s(Role.PREFILL, len(request.prompt_token_ids))
+        deadline_s = now_s + request.slo.ttft_s
+
+        def by_ttft(instance: InstanceView) -> tuple[float, int]:
+            wait_s = instance.prompts.wait_s(deadline_s, now_s)
+            return wait_s + alone_s * instance.prefill_pace.factor, instance.info.engine_index
+
+        prefill = _search(
+            sorted(prefill_pool, key=by_ttft),
+            lambda instance: self._prefill(request, instance, now_s),
+            decode.own,
+        )
         if prefill.own < SURE:
             # A busy pool's prompts may be computed where there is time for them, among decodes.
-            others = [self._prefill_among(request, one, usual, now_s) for one in decode_pool]
-            prefill = _best([prefill, *others], decode.own)
+            among = _search(
+                sorted(decode_pool, key=self._by_batch),
+                lambda instance: self._prefill_among(request, instance, usual, now_s),
+                decode.own,
+            )
+            prefill = _best([prefill, among], decode.own)
             if prefill.instance.info.role is Role.DECODE:
                 # Then it stays there, unless that costs more than moving its KV.
                 here = self._decode(request, prefill.instance, output, usual)
@@ -123,15 +146,14 @@ class Goodput:
         """On an instance that decodes: every decode waits for the prompt once."""
         pace = instance.prefill_pace
         alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids))
-        batch_s = self._predictor.iteration_s(instance, 0, 0)
+        batch_s = self._predictor.batch_s(instance)
         queue_s = instance.prompts.wait_s(now_s + request.slo.ttft_s, now_s) + batch_s / 2
         raw_s = queue_s / pace.factor + alone_s + batch_s
         seconds = raw_s * pace.factor
         own = chance(request.slo.ttft_s, seconds, pace.spread)
         before_s = self._tpot_s(instance, batch_s)
         after_s = self._tpot_s(instance, batch_s, work_s)
-        harm = _lost(instance.decodes.bounds, before_s, after_s, instance.decode_pace.spread)
-        harm += _lost(usual, before_s, after_s, instance.decode_pace.spread)
+        harm = _lost(instance.decodes.bounds, usual, before_s, after_s, instance.decode_pace.spread)
         fits = instance.has_room(len(request.prompt_token_ids), KV_SHARE)
         return _Choice(instance, own, harm, seconds, raw_s, queue_s, fits)
 
@@ -139,19 +161,48 @@ class Goodput:
         self, request: ServeRequest, instance: InstanceView, output: int, usual: Mapping[float, float]
     ) -> _Choice:
         pace, prompt = instance.decode_pace, len(request.prompt_token_ids)
-        before_s = self._tpot_s(instance, self._predictor.iteration_s(instance, 0, 0))
+        before_s = self._tpot_s(instance, self._predictor.batch_s(instance))
         raw_s = self._predictor.iteration_s(instance, 1, prompt + output // 2)
         after_s = self._tpot_s(instance, raw_s)
-        harm = _lost(instance.decodes.bounds, before_s, after_s, pace.spread)
-        harm += _lost(usual, before_s, after_s, pace.spread)
+        harm = _lost(instance.decodes.bounds, usual, before_s, after_s, pace.spread)
         own = chance(request.slo.tpot_s, after_s, pace.spread)
         return _Choice(instance, own, harm, after_s, raw_s, fits=instance.has_room(prompt + output, KV_SHARE))
+
+    def _by_batch(self, instance: InstanceView) -> tuple[float, int]:
+        return self._predictor.batch_s(instance) * instance.decode_pace.factor, instance.info.engine_index
 
     @staticmethod
     def _tpot_s(instance: InstanceView, iteration_s: float, work_s: float = 0.0) -> float:
         """With the prompts that are computed in between, spread over an answer."""
         prompts_s = instance.prompts.work_s + work_s
         return iteration_s * instance.decode_pace.factor + prompts_s / instance.decodes.usual_output
+
+
+def _search(
+    ordered: Sequence[InstanceView], weigh: Callable[[InstanceView], _Choice], weight: float
+) -> _Choice:
+    """The best of instances in the order of their load, without a look at those that can't be better.
+
+    This request's chance falls with the load, so it bounds all that is left; what it costs others is small
+    where there is much slack, and where there is none. So it is looked for from both ends.
+    """
+    low, high = 0, len(ordered)
+    choices: list[_Choice] = []
+    most, bound = -math.inf, math.inf
+    while low < high:
+        if len(choices) % 2:
+            high -= 1
+            choice = weigh(ordered[high])
+        else:
+            choice = weigh(ordered[low])
+            low += 1
+            bound = choice.own * weight
+        choices.append(choice)
+        if choice.fits:
+            most = max(most, choice.kept(weight))
+        if most >= bound - INDIFFERENT:
+            break
+    return _best(choices, weight)
 
 
 def _best(choices: Sequence[_Choice], weight: float) -> _Choice:
@@ -162,18 +213,14 @@ def _best(choices: Sequence[_Choice], weight: float) -> _Choice:
     return min(good, key=lambda c: (c.seconds, c.instance.info.engine_index))
 
 
-def _lost(bounds: Mapping[float, float], before_s: float, after_s: float, spread: float) -> float:
-    """Requests with these bounds that would be lost to slower iterations."""
-    return sum(
-        count * (chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread))
-        for bound_s, count in bounds.items()
-    )
-
-
-def _average_bounds(instances: Sequence[InstanceView]) -> dict[float, float]:
-    """Requests per instance by bound."""
-    usual: dict[float, float] = {}
-    for instance in instances:
-        for bound_s, count in instance.decodes.bounds.items():
-            usual[bound_s] = usual.get(bound_s, 0.0) + count / len(instances)
-    return usual
+def _lost(
+    bounds: Mapping[float, int], usual: Mapping[float, float], before_s: float, after_s: float, spread: float
+) -> float:
+    """Requests, of those that are there and the usual ones, that slower iterations lose."""
+    lost = 0.0
+    for bound_s, count in usual.items():
+        # Far on either side of a bound nothing changes.
+        if CLEAR * bound_s < after_s and before_s < bound_s / CLEAR:
+            kept = chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread)
+            lost += kept * (count + bounds.get(bound_s, 0))
+    return lost

@@ -83,6 +83,13 @@ class Predictor:
         self._prefill[role] = (tokens, cached), found
         return found
 
+    def batch_s(self, instance: InstanceView) -> float:
+        """An iteration of the instance's decodes as they are, without its factor."""
+        batch = instance.decodes
+        if batch.iteration_s is None:
+            batch.iteration_s = self.iteration_s(instance, 0, 0)
+        return batch.iteration_s
+
     def iteration_s(self, instance: InstanceView, requests: int, context_tokens: int) -> float:
         """Of so many requests more than the instance has, without its factor."""
         batch = instance.decodes

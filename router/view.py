@@ -89,6 +89,10 @@ class View(Protocol):
         """Those of a role from the fewest outstanding tokens on; ties in the order of the spec."""
         ...
 
+    def bounds(self, role: Role) -> Mapping[float, int]:
+        """Requests that the instances of a role decode, by their TPOT bound."""
+        ...
+
     def without(self, instance_ids: frozenset[str]) -> View:
         """The view without some instances; a role of which nothing would be left is kept whole."""
         ...
@@ -106,6 +110,13 @@ class ClusterView:
 
     def by_tokens(self, role: Role) -> Iterator[InstanceView]:
         return iter(sorted(self.of(role), key=lambda v: (v.outstanding_tokens, v.info.engine_index)))
+
+    def bounds(self, role: Role) -> Mapping[float, int]:
+        total: dict[float, int] = {}
+        for instance in self.of(role):
+            for bound_s, count in instance.decodes.bounds.items():
+                total[bound_s] = total.get(bound_s, 0) + count
+        return total
 
     def without(self, instance_ids: frozenset[str]) -> ClusterView:
         def keep(views: tuple[InstanceView, ...]) -> tuple[InstanceView, ...]:

@@ -60,9 +60,9 @@ TRAFFIC = {
 }
 
 
-def spec_of(gpus: int, policy: str) -> ClusterSpec:
+def spec_of(gpus: int, policy: str, order: str = "arrival") -> ClusterSpec:
     """Half of the GPUs for each phase."""
-    spec = load_spec(SPEC, {"policy": policy})
+    spec = load_spec(SPEC, {"policy": policy, "prefill_order": order})
     pools = {
         role: getattr(spec, role).model_copy(update={"count": gpus // 2 // spec.prefill.ranks})
         for role in ("prefill", "decode")
@@ -91,10 +91,10 @@ def attainment(spec: ClusterSpec, requests: Sequence[WorkloadRequest], classes: 
     return sum(request.met for request in result.requests) / len(result.requests)
 
 
-def goodput(name: str, traffic: Traffic, gpus: int, seed: int) -> float:
+def goodput(name: str, traffic: Traffic, gpus: int, seed: int, order: str) -> float:
     """Requests/s and GPU."""
     requests, classes = requests_of(traffic, gpus, seed)
-    spec = spec_of(gpus, name)
+    spec = spec_of(gpus, name, order)
     found = find_goodput(
         lambda rate: attainment(spec, rescale(requests, rate_rps=rate), classes),
         target=TARGET,
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--traces", nargs="+", choices=list(TRAFFIC), default=list(TRAFFIC))
     parser.add_argument("--policies", nargs="+", choices=known, default=known)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--order", choices=["arrival", "deadline"], default="arrival", help="of prompts")
     args = parser.parse_args()
     if not TRACES.is_dir():
         sys.exit(f"{TRACES.name}: the shared traces are needed beside the checkout")
@@ -123,7 +124,9 @@ def main() -> None:
             found: dict[str, list[float]] = {}
             for policy in args.policies:
                 began_s = time.perf_counter()
-                found[policy] = [goodput(policy, TRAFFIC[name], gpus, seed) for seed in range(args.seeds)]
+                found[policy] = [
+                    goodput(policy, TRAFFIC[name], gpus, seed, args.order) for seed in range(args.seeds)
+                ]
                 print(f"{name} {gpus} {policy}: {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
             best = fmean(found.get("goodput", [0.0]))
             for policy, rates in found.items():

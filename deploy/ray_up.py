@@ -26,7 +26,7 @@ from cluster.spec import ClusterSpec
 from cluster.vllm_api import require_supported_vllm
 from deploy.installation import require_one_installation
 from deploy.running import recorded, this_process
-from router.policies import make_policy
+from router.policies import make_policy, predictor_of
 
 Say = Callable[[str], None]
 
@@ -92,7 +92,7 @@ def _check(spec: ClusterSpec) -> None:
     """What can be known without starting anything."""
     require_one_installation()
     require_supported_vllm()
-    make_policy(spec.policy)
+    make_policy(spec.policy, predictor_of(spec))
     if spec.prefill_order == "deadline":
         raise SpecError(
             file="(spec)",

@@ -73,7 +73,8 @@ class Claim:
         predicted = self._decision.predicted
         if instance is None or predicted is None:
             return
-        instance.prompts.remove(self._name, now_s)
+        instance.prompts.remove(self._name, now_s, is_served=is_served)
         # Behind a queue it would tell more of the others, who may have overtaken it, than of the instance.
-        if is_served and predicted.queue_s < predicted.stage_s / 4:
+        is_as_decided = instance.instance_id == self._decision.prefill
+        if is_served and is_as_decided and predicted.queue_s < predicted.stage_s / 4:
             instance.prefill_pace.learn(predicted.stage_s, now_s - self._since_s)

@@ -32,7 +32,7 @@ class Fleet(Generic[L]):
     """The members, and the live `View` of those that are READY.
 
     Args:
-        by_deadline: whether instances compute prompts in the order of their deadlines.
+        by_deadline: whether prefill instances compute prompts in the order of their deadlines.
     """
 
     def __init__(self, *, by_deadline: bool = False) -> None:
@@ -71,7 +71,7 @@ class Fleet(Generic[L]):
         view = InstanceView(
             info=info,
             link=link,
-            prompts=PromptQueue(by_deadline=self._by_deadline),
+            prompts=PromptQueue(by_deadline=self._by_deadline and info.role is Role.PREFILL),
             decodes=DecodeBatch(self._bounds[info.role]),
         )
         view.outstanding_tokens = self.reservations.tokens(info.instance_id)
@@ -92,6 +92,8 @@ class Fleet(Generic[L]):
             return False
         self._unplace(info.instance_id)
         member.info = member.view.info = info
+        if info.state is not InstanceState.READY:
+            member.view.decodes.leave_pool()
         self._place(info)
         return True
 

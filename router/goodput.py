@@ -1,4 +1,4 @@
-"""The default policy: serve a request within its SLO at the least cost to the SLOs of the others.
+"""The joint policy: serve a request within its SLO at the least cost to the SLOs of the others.
 
 Of each instance it is asked how likely this request keeps its bound there, and how many of the requests that
 are there, or will be, would lose theirs. An instance's "will be" is the average of its pool: what a light
@@ -104,7 +104,8 @@ class Goodput:
 
     def _decision(self, request: ServeRequest, prefill: _Choice, decode: _Choice, output: int) -> Decision:
         names = prefill.instance.instance_id, decode.instance.instance_id
-        odds = prefill.own * decode.own
+        # Who wants one token decodes nowhere.
+        odds = prefill.own * (decode.own if request.max_tokens > 1 else 1.0)
         _, work_s = self._predictor.prefill_s(prefill.instance.info.role, len(request.prompt_token_ids))
         return Decision(
             prefill=names[0],

@@ -105,14 +105,17 @@ class Mooncake:
         roomy = [v for v in decode_pool if v.has_room(prompt + output)] or decode_pool
         decode = min(roomy, key=lambda v: (tbt_s(v), v.info.engine_index))
         predicted = Prediction(
-            queue_s=0.0,
+            queue_s=prefill.prompts.wait_s(now_s + request.slo.ttft_s, now_s),
             work_s=work_s * prefill.prefill_pace.factor,
             ttft_s=ttft_s(prefill),
             tpot_s=tbt_s(decode),
             stage_s=ttft_s(prefill) / prefill.prefill_pace.factor,
             iteration_s=predictor.iteration_s(decode, 1, prompt + output // 2),
             output_tokens=output,
-            chance=float(ttft_s(prefill) <= request.slo.ttft_s and tbt_s(decode) <= request.slo.tpot_s),
+            chance=float(
+                ttft_s(prefill) <= request.slo.ttft_s
+                and (tbt_s(decode) <= request.slo.tpot_s or request.max_tokens == 1)
+            ),
         )
         reason = f"TTFT {predicted.ttft_s * 1e3:.0f} ms, {predicted.tpot_s * 1e3:.1f} ms between tokens"
         return _decision(prefill, decode, reason, predicted)

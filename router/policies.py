@@ -25,6 +25,25 @@ POLICIES: dict[str, Callable[[Predictor], Policy]] = {
 }
 
 
+# What these decide follows from times: without a latency model they would know nothing.
+PREDICTING = frozenset({"goodput", "mooncake"})
+
+
+def predictor_of(spec: ClusterSpec) -> Predictor:
+    """What the spec's policy predicts with. Raises SpecError where the policy needs times and the spec does
+    not say how fast its engines are, and as `twin_options`."""
+    if spec.policy not in PREDICTING:
+        return Predictor()
+    if not (spec.sim.profile or spec.sim.hardware or spec.sim.step_s or spec.sim.prefill_s_per_token):
+        raise SpecError(
+            file="(spec)",
+            path="policy",
+            value=spec.policy,
+            allowed="it predicts times: give sim.profile ('pdserve profile' measures one), or sim.hardware",
+        )
+    return Predictor(latency_of(spec))
+
+
 def make_policy(name: str, predictor: Predictor | None = None) -> Policy:
     """The policy of that name. Raises SpecError with the names there are."""
     if name not in POLICIES:

@@ -146,7 +146,7 @@ class PrefixIndex:
 
     def _sweep(self, changes: int) -> None:
         """Drop some of what only dead lives had."""
-        if self._swept is None:
+        if self._swept is None or not changes:
             return
         holders = self._holders
         names = list(islice(self._swept, SWEEP * changes))

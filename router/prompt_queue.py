@@ -61,17 +61,19 @@ class PromptQueue:
         self.work_s += work_s
         self.tokens += tokens
 
-    def remove(self, name: str, now_s: float) -> float | None:
+    def remove(self, name: str, now_s: float, *, is_served: bool = True) -> float | None:
         """It was answered, or left. Returns how long the instance worked on it as far as can be told: since
         the last one that ended there, or since it came; None when it is not there."""
         prompt = self._by_name.pop(name, None)
         if prompt is None:
             return None
+        was_first = self._prompts[0] is prompt
         self._prompts.remove(prompt)
         self.work_s = self.work_s - prompt.work_s if self._prompts else 0.0
         self.tokens -= prompt.tokens
         took_s = now_s - self._since_s
-        self._since_s = now_s
+        if is_served or was_first:  # one that leaves the queue's end takes no work with it that was done
+            self._since_s = now_s
         return took_s
 
     def wait_s(self, deadline_s: float, now_s: float) -> float:

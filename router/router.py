@@ -7,14 +7,14 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from cluster.errors import Draining, EngineFailure, InstanceLost, NoInstance, ServingError
+from cluster.errors import Draining, EngineFailure, InstanceLost, ServingError
 from cluster.instance import InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import ServeRequest, Stage
 from cluster.spec import DeadlineSpec
 from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
-from router.policy import Decision, Policy
+from router.policy import Decision, Policy, Unsplit
 from router.predictor import Predictor
 from router.run import Run
 from router.view import ClusterView
@@ -54,6 +54,11 @@ class Client(Protocol):
     def forget(self, request_id: str) -> None:
         """The request is over, well or badly."""
         ...
+
+
+def _policy_failure(request: ServeRequest, found: Exception) -> ServingError:
+    logger.error("the policy failed on request %s", request.request_id, exc_info=found)
+    return EngineFailure(instance="router", stage=Stage.ADMIT.value, detail=repr(found))
 
 
 class OpenHop:
@@ -169,9 +174,11 @@ class Router:
         run = Run(request, self, asyncio.get_running_loop().time())
         try:
             run.admit()
-        except ServingError as error:
+        except Exception as found:
+            # The edge of a request, as `_ended` is: whoever submits knows what to do with a ServingError.
+            error = found if isinstance(found, ServingError) else _policy_failure(request, found)
             self.metrics.requests.labels(outcome=error.reason).inc()
-            raise
+            raise error from None
         task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
         self._runs[request.request_id] = task
         self._quiet.clear()
@@ -216,13 +223,9 @@ class Router:
             hop.fail(EngineFailure(instance=instance_id, stage=hop.kind.value, detail=why))
 
     def can_serve(self) -> bool:
-        """Whether a request would find the instances it needs now."""
-        probe = ServeRequest(request_id="probe", prompt_token_ids=[0], max_tokens=2)
-        try:
-            self._policy.decide(probe, self.fleet, asyncio.get_running_loop().time())
-        except NoInstance:
-            return False
-        return not self._draining
+        """Whether a request would find the instances it needs now. No decision: a policy may count those."""
+        enough = any if isinstance(self._policy, Unsplit) else all
+        return not self._draining and enough(bool(self.fleet.of(role)) for role in Role)
 
     @property
     def draining(self) -> bool:

@@ -29,7 +29,7 @@ from cluster.spec import ClusterSpec
 from router.decision_log import DecisionLog, log_path
 from router.hop import Hop, HopKind
 from router.link_zmq import LinkKeeper
-from router.policies import make_policy
+from router.policies import make_policy, predictor_of
 from router.router import Router
 from router.sampling import UNSPLIT, handoff_of, needs_seed
 from router.traits import CURRENT
@@ -99,7 +99,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
     def __init__(self, spec: ClusterSpec, metrics: IngressMetrics, *, ingress: str, engine: str) -> None:
         self.engine_ranks_managed = list(range(len(spec.places())))
         self.resources = SimpleNamespace(engine_dead=False)
-        self.router = Router(make_policy(spec.policy), spec.deadlines, self, metrics)
+        predictor = predictor_of(spec)
+        self.router = Router(make_policy(spec.policy, predictor), spec.deadlines, self, metrics, predictor)
         self.links = LinkKeeper(
             self.router, ingress=ingress, engine=engine, encode=self._encode, on_outputs=self._on_outputs
         )

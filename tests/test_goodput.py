@@ -94,6 +94,16 @@ def test_a_loose_request_leaves_the_light_instance_to_tight_ones() -> None:
     assert policy().decide(request(loose), easy, 0.0).decode == "decode-1"
 
 
+def test_who_wants_one_token_is_not_judged_by_the_decodes() -> None:
+    crowded = view_of(prefill(0), decode(0, 60, 0.02))
+    asked = request(Slo(ttft_s=1.0, tpot_s=0.012))
+    several, one = (policy().decide(replace(asked, max_tokens=n), crowded, 0.0).predicted for n in (9, 1))
+    assert several is not None
+    assert one is not None
+    assert several.chance < 0.01
+    assert one.chance > 0.99
+
+
 def test_no_role_without_an_instance() -> None:
     for some, missing in ((prefill(0), "decode"), (decode(0), "prefill")):
         with pytest.raises(NoInstance, match=missing):

@@ -27,6 +27,17 @@ def test_the_first_to_come_is_the_first_to_be_served() -> None:
     assert queue.work_s == 0.0
 
 
+def test_who_leaves_the_end_of_the_queue_takes_no_work_that_was_done() -> None:
+    queue = PromptQueue()
+    queue.add("a", 5.0, deadline_s=9.0, now_s=0.0)
+    queue.add("b", 1.0, deadline_s=9.0, now_s=1.0)
+    queue.remove("b", 4.9, is_served=False)
+    assert queue.wait_s(9.0, 4.9) == pytest.approx(0.1)
+    queue.add("c", 2.0, deadline_s=9.0, now_s=4.9)
+    queue.remove("a", 4.9, is_served=False)
+    assert queue.wait_s(9.0, 4.9) == pytest.approx(2.0)
+
+
 def test_by_deadline_those_with_later_ones_are_delayed() -> None:
     queue = PromptQueue(by_deadline=True)
     queue.add("running", 2.0, deadline_s=3.0, now_s=0.0)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import NoInstance, SpecError
 from cluster.request import ServeRequest
-from cluster.spec import UNSPLIT
-from router.policies import POLICIES, make_policy
+from cluster.spec import UNSPLIT, parse_spec
+from router.policies import POLICIES, make_policy, predictor_of
 from router.policy import LeastTokens
 from router.view import ClusterView, InstanceView, Reservations
 from tests.twins import info_of
@@ -64,6 +64,16 @@ def test_unsplit_takes_the_least_loaded_of_both_roles(prefill: list[int], decode
     chosen = {v.instance_id: v.outstanding_tokens for v in view.prefill + view.decode}
     assert decision.prefill == decision.decode
     assert chosen[decision.prefill] == min(prefill + decode)
+
+
+def test_a_policy_that_predicts_needs_to_know_how_fast_engines_are() -> None:
+    bare = parse_spec({"model": "m", "policy": "goodput"})
+    with pytest.raises(SpecError, match=r"give sim\.profile"):
+        predictor_of(bare)
+    known = parse_spec({"model": "m", "policy": "goodput", "sim": {"step_s": 0.01}})
+    instance = view_of("decode", [0])[0]
+    instance.decodes.add("r", 10, 10, 1.0)
+    assert predictor_of(known).batch_s(instance) == 0.01
 
 
 def test_an_unknown_policy_is_refused_with_the_names() -> None:

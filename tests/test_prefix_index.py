@@ -55,6 +55,7 @@ def test_the_dead_are_swept_away() -> None:
     index.stored("prefill-0", range(1, 1001))
     index.stored("prefill-1", range(501, 1501))
     index.forget("prefill-0")
+    index.removed("prefill-1", [])  # nothing has changed, and the sweep goes on
     index.stored("decode-0", range(2000, 2400))
     assert len(index) == 1000 + 400
     assert index.blocks_of("prefill-1") == 1000

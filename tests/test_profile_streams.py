@@ -136,9 +136,9 @@ def test_hand_overs_at_one_time_are_told_apart_by_those_that_decode_together() -
         return PointStreams(point=Point("decode", joined + late, 64), streams=tuple(streams))
 
     visits = [visit(joined, late) for joined, late in ((2, 0), (3, 2), (6, 1), (1, 5))]
-    assert handover_each(visits, 0.01, lambda requests, context: 0.02) == pytest.approx(0.003)
-    assert handover_each(visits, 0.05, lambda requests, context: 0.02) == 0.0
-    assert handover_each([visit(1, 3)], 0.01, lambda requests, context: 0.02) == 0.0
+    assert handover_each(visits, lambda tokens: 0.01, lambda requests, context: 0.02) == pytest.approx(0.003)
+    assert handover_each(visits, lambda tokens: 0.05, lambda requests, context: 0.02) == 0.0
+    assert handover_each([visit(1, 3)], lambda tokens: 0.01, lambda requests, context: 0.02) == 0.0
 
 
 def test_no_handover_where_the_second_token_comes_as_any_other() -> None:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import Draining, NoInstance, ReplayDiverged, StageTimeout
-from cluster.request import Handoff
+from cluster.errors import Draining, EngineFailure, NoInstance, ReplayDiverged, StageTimeout
+from cluster.request import Handoff, ServeRequest
 from cluster.spec import DeadlineSpec
 from router.hop import HopKind
+from router.policy import Decision
 from tests.twins import TwinCluster, expected_tokens, until
 
 PROMPT = list(range(100, 140))
@@ -146,6 +147,19 @@ async def test_no_decode_left_is_a_typed_error() -> None:
     await cluster.settle()
     assert isinstance(cluster.errors["r"], NoInstance)
     assert cluster.errors["r"].role == "decode"
+    cluster.assert_nothing_held()
+
+
+async def test_a_policy_that_fails_is_an_error_of_the_request_and_counted() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0")
+
+    def fail(*_: object) -> Decision:
+        raise ZeroDivisionError("a bug")
+
+    cluster.router._policy.decide = fail  # type: ignore[method-assign]
+    with pytest.raises(EngineFailure, match="a bug"):
+        cluster.router.submit(ServeRequest(request_id="r", prompt_token_ids=PROMPT, max_tokens=4))
+    assert cluster.metrics.requests.labels(outcome="engine-failure")._value.get() == 1
     cluster.assert_nothing_held()
 
 

@@ -157,13 +157,15 @@ def joined_at_once(streams: Sequence[Stream]) -> tuple[int, float] | None:
 
 
 def handover_each(
-    visits: Iterable[PointStreams], handoff_s: float, iteration_s: Callable[[int, int], float]
+    visits: Iterable[PointStreams],
+    handoff_s: Callable[[int], float],
+    iteration_s: Callable[[int, int], float],
 ) -> float:
     """By how much each further hand-over at one time is later than the one before: they go through one front
     end. 0 where none came together.
 
     Args:
-        handoff_s: of a lone one.
+        handoff_s: of a lone one of so many tokens.
         iteration_s: of so many decodes with so many tokens of context in all.
     """
     late_s, others = 0.0, 0
@@ -172,7 +174,8 @@ def handover_each(
         if found is not None:
             requests, gap_s = found
             # One that was disturbed is no more than twice as late as its iteration is long.
-            expected_s = iteration_s(requests, requests * visit.point.tokens) + handoff_s
+            tokens = visit.point.tokens
+            expected_s = iteration_s(requests, requests * tokens) + handoff_s(tokens)
             late_s += min(gap_s, 2 * expected_s) - expected_s
             others += requests - 1
     return max(0.0, late_s / others) if others else 0.0

@@ -130,7 +130,7 @@ def fit_streams(visits: Sequence[PointStreams]) -> UrlFit:
         handoff_beside_s=handover_beside(visit for visit in visits if visit.point.kind == "mixed"),
         handoff_each_s=handover_each(
             (visit for visit in visits if visit.point.kind == "decode" and visit.point.requests > 1),
-            handoff_s,
+            lambda tokens: handoff_s + tokens * handoff_token_s,
             lambda requests, context: together.iteration_s(Batch(0, 0, 0, requests, context)),
         ),
     )

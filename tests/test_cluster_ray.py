@@ -123,8 +123,13 @@ async def test_twins_read_each_others_kv_and_hold_nothing_after(url: str, client
         expected_tokens(prompt, 10) for prompt in prompts
     ]
     await wait_empty(url)
-    assert await asyncio.to_thread(read_metric, url, "pdserve_kv_tokens_moved_total") > 0
-    assert await asyncio.to_thread(read_metric, url, "pdserve_kv_tokens_recomputed_total") == 0
+    assert max(await of_replicas(url, "pdserve_kv_tokens_moved_total")) > 0
+    assert max(await of_replicas(url, "pdserve_kv_tokens_recomputed_total")) == 0
+
+
+async def of_replicas(url: str, metric: str) -> list[float]:
+    """A metric as several connections read it: each is of one replica, and one may have had all requests."""
+    return [await asyncio.to_thread(read_metric, url, metric) for _ in range(8)]
 
 
 async def test_clients_that_leave_leave_nothing_behind(url: str, client: Any) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from random import Random
 from statistics import fmean
 
@@ -48,7 +49,7 @@ MIXED = (
 class Traffic:
     """A trace and its classes; `start_rps` is a rate per GPU at which the search begins."""
 
-    path: object
+    path: Path
     classes: tuple[SloClass, ...]
     start_rps: float
 
@@ -71,8 +72,8 @@ def spec_of(gpus: int, policy: str, order: str = "arrival") -> ClusterSpec:
 
 
 @cache
-def trace(path: object) -> list[WorkloadRequest]:
-    return load_trace(path)  # type: ignore[arg-type]
+def trace(path: Path) -> list[WorkloadRequest]:
+    return load_trace(path)
 
 
 def requests_of(traffic: Traffic, gpus: int, seed: int) -> tuple[list[WorkloadRequest], tuple[SloClass, ...]]:

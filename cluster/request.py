@@ -46,6 +46,12 @@ class Slo:
 NO_SLO = Slo()
 
 
+def slo_of_ms(ttft_ms: float | None, tpot_ms: float | None) -> Slo:
+    """An SLO of bounds in milliseconds, as files have them; one that isn't given is none."""
+    ttft_s, tpot_s = (math.inf if ms is None else ms / 1000 for ms in (ttft_ms, tpot_ms))
+    return Slo(ttft_s=ttft_s, tpot_s=tpot_s)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeRequest:
     """What the router needs to know of a request.

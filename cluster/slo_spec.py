@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import Field, PositiveFloat, model_validator
 
 from cluster.frozen import Frozen
-from cluster.request import Slo
+from cluster.request import Slo, slo_of_ms
 
 
 class SloClassSpec(Frozen):
@@ -25,8 +23,7 @@ class SloClassSpec(Frozen):
     @property
     def slo(self) -> Slo:
         """The bounds in seconds."""
-        ttft_s, tpot_s = (math.inf if ms is None else ms / 1000 for ms in (self.ttft_ms, self.tpot_ms))
-        return Slo(ttft_s=ttft_s, tpot_s=tpot_s)
+        return slo_of_ms(self.ttft_ms, self.tpot_ms)
 
 
 class SloSpec(Frozen):

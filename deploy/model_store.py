@@ -13,7 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
+
+from cluster.frozen import Frozen
 
 MARKER_FILE = "pdserve_model.json"
 
@@ -34,10 +36,8 @@ class ModelRecipe:
     seed: int | None = None
 
 
-class ModelMarker(BaseModel):
+class ModelMarker(Frozen):
     """Contents of the marker file: the recipe, and the size in bytes of every file that it made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: ModelRecipe
     file_bytes: dict[str, int]

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from cluster.errors import SpecError
 from cluster.frozen import Frozen
-from cluster.request import NO_SLO, Slo
+from cluster.request import NO_SLO, Slo, slo_of_ms
 from deploy.replay_report import parse_goodput
 from deploy.workload import WorkloadRequest
 
@@ -124,10 +124,9 @@ class _Entry(Frozen):
     input_below: int | None = Field(default=None, gt=1)
 
     def to_class(self, share: float | None) -> SloClass:
-        ttft_s, tpot_s = (math.inf if ms is None else ms / 1000 for ms in (self.ttft_ms, self.tpot_ms))
         return SloClass(
             name=self.name,
-            slo=Slo(ttft_s=ttft_s, tpot_s=tpot_s),
+            slo=slo_of_ms(self.ttft_ms, self.tpot_ms),
             share=share,
             input_below=self.input_below,
         )

@@ -12,11 +12,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from cluster.errors import NoInstance
 from cluster.instance import Role
 from cluster.request import ServeRequest
 from router.pace import chance
-from router.policy import Decision
+from router.policy import Decision, pool_of
 from router.predictor import Prediction, Predictor
 from router.view import InstanceView, View
 
@@ -63,10 +62,7 @@ class Goodput:
         self._predictor = predictor
 
     def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
-        prefill_pool, decode_pool = (view.of(role) for role in Role)
-        for role, pool in zip(Role, (prefill_pool, decode_pool), strict=True):
-            if not pool:
-                raise NoInstance(role=role.value)
+        prefill_pool, decode_pool = (pool_of(view, role) for role in Role)
         output = self._predictor.output_tokens(request)
         share = 1 / len(decode_pool)
         usual = {bound_s: count * share for bound_s, count in view.bounds(Role.DECODE).items()}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from cluster.errors import NoInstance
 from cluster.instance import Role
 from cluster.request import ServeRequest
-from router.policy import Decision
+from router.policy import Decision, pool_of
 from router.predictor import Prediction, Predictor
 from router.view import InstanceView, View
 
@@ -23,7 +22,7 @@ class RoundRobin:
         self._turn = 0
 
     def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
-        prefill, decode = (_pool(view, role) for role in Role)
+        prefill, decode = (pool_of(view, role) for role in Role)
         turn, self._turn = self._turn, self._turn + 1
         return _decision(prefill[turn % len(prefill)], decode[turn % len(decode)], f"turn {turn}")
 
@@ -36,7 +35,7 @@ class PowerOfTwo:
 
     def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
         rng = Random(request.request_id)
-        prefill, decode = (self._of_two(_pool(view, role), rng) for role in Role)
+        prefill, decode = (self._of_two(pool_of(view, role), rng) for role in Role)
         requests = f"{prefill.outstanding_requests} and {decode.outstanding_requests} requests"
         return _decision(prefill, decode, f"fewer of two: {requests}")
 
@@ -60,7 +59,7 @@ class SplitwiseJsq:
     def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
         prompt = len(request.prompt_token_ids)
         output = self._predictor.output_tokens(request)
-        prefill_pool, decode_pool = (_pool(view, role) for role in Role)
+        prefill_pool, decode_pool = (pool_of(view, role) for role in Role)
 
         def takes_prompt(instance: InstanceView) -> bool:
             pending = instance.prompts.tokens
@@ -91,41 +90,33 @@ class Mooncake:
         predictor = self._predictor
         prompt, output = len(request.prompt_token_ids), predictor.output_tokens(request)
         alone_s, work_s = predictor.prefill_s(Role.PREFILL, prompt)
-        prefill_pool, decode_pool = (_pool(view, role) for role in Role)
+        prefill_pool, decode_pool = (pool_of(view, role) for role in Role)
+
+        deadline_s, context = now_s + request.slo.ttft_s, prompt + output // 2
 
         def ttft_s(instance: InstanceView) -> float:
-            wait_s = instance.prompts.wait_s(now_s + request.slo.ttft_s, now_s)
-            return wait_s + alone_s * instance.prefill_pace.factor
+            return instance.prompts.wait_s(deadline_s, now_s) + alone_s * instance.prefill_pace.factor
 
         def tbt_s(instance: InstanceView) -> float:
-            batch_s = predictor.iteration_s(instance, 1, prompt + output // 2)
-            return batch_s * instance.decode_pace.factor
+            return predictor.iteration_s(instance, 1, context) * instance.decode_pace.factor
 
-        prefill = min(prefill_pool, key=lambda v: (ttft_s(v), v.info.engine_index))
         roomy = [v for v in decode_pool if v.has_room(prompt + output)] or decode_pool
+        prefill = min(prefill_pool, key=lambda v: (ttft_s(v), v.info.engine_index))
         decode = min(roomy, key=lambda v: (tbt_s(v), v.info.engine_index))
+        least_ttft_s, least_tbt_s = ttft_s(prefill), tbt_s(decode)
+        in_time = least_tbt_s <= request.slo.tpot_s or request.max_tokens == 1
         predicted = Prediction(
-            queue_s=prefill.prompts.wait_s(now_s + request.slo.ttft_s, now_s),
+            queue_s=prefill.prompts.wait_s(deadline_s, now_s),
             work_s=work_s * prefill.prefill_pace.factor,
-            ttft_s=ttft_s(prefill),
-            tpot_s=tbt_s(decode),
-            stage_s=ttft_s(prefill) / prefill.prefill_pace.factor,
-            iteration_s=predictor.iteration_s(decode, 1, prompt + output // 2),
+            ttft_s=least_ttft_s,
+            tpot_s=least_tbt_s,
+            stage_s=least_ttft_s / prefill.prefill_pace.factor,
+            iteration_s=predictor.iteration_s(decode, 1, context),
             output_tokens=output,
-            chance=float(
-                ttft_s(prefill) <= request.slo.ttft_s
-                and (tbt_s(decode) <= request.slo.tpot_s or request.max_tokens == 1)
-            ),
+            chance=float(least_ttft_s <= request.slo.ttft_s and in_time),
         )
         reason = f"TTFT {predicted.ttft_s * 1e3:.0f} ms, {predicted.tpot_s * 1e3:.1f} ms between tokens"
         return _decision(prefill, decode, reason, predicted)
-
-
-def _pool(view: View, role: Role) -> Sequence[InstanceView]:
-    pool = view.of(role)
-    if not pool:
-        raise NoInstance(role=role.value)
-    return pool
 
 
 def _least(

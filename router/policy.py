@@ -3,6 +3,7 @@ in `POLICIES`, one test."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,6 +73,14 @@ class Unsplit:
             reason=f"fewest outstanding tokens: {best.outstanding_tokens} on {best.instance_id}",
             candidates=((best.instance_id, float(best.outstanding_tokens)),),
         )
+
+
+def pool_of(view: View, role: Role) -> Sequence[InstanceView]:
+    """All instances of a role. Raises NoInstance when there is none."""
+    pool = view.of(role)
+    if not pool:
+        raise NoInstance(role=role.value)
+    return pool
 
 
 def _least(view: View, role: Role) -> InstanceView:

@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from cluster.errors import SpecError
+from cluster.frozen import Frozen
 from cluster.json_file import read_object
 from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost
 from cluster.latency_fit import Sample, fit_decode, fit_prefill
@@ -22,10 +23,8 @@ from cluster.latency_fit import Sample, fit_decode, fit_prefill
 _MS = 1e-3
 
 
-class _DistServeFit(BaseModel):
+class _DistServeFit(Frozen):
     """One entry of DistServe's `simdistserve/estimators/profile_data/*.json`; milliseconds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     decoding_large_small_bs_threshold: int
     prefill: tuple[float, float, float]

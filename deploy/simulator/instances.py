@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.instance import InstanceInfo, InstanceLoad, Role
-from cluster.latency import Batch, Levels, ProfiledLatency
+from cluster.latency import Batch, LatencyProfile, Levels, ProfiledLatency
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
@@ -90,7 +90,7 @@ class SimLife:
             order=prompt_order(cluster.spec, options.latency) if info.role is Role.PREFILL else None,
         )
         self.load = InstanceLoad()
-        profile = options.latency.profile if isinstance(options.latency, ProfiledLatency) else None
+        profile = _profile(options)
         hop_s = cluster.spec.sim.hop_s
         self._delay_s = {
             HopKind.PREFILL: profile.frontend_s if profile else hop_s,
@@ -213,12 +213,16 @@ class SimLife:
             self._cluster.deliver(self._instance_id, step.outputs)
 
 
+def _profile(options: TwinOptions) -> LatencyProfile | None:
+    """What was measured of such an instance, where its times are measured ones."""
+    return options.latency.profile if isinstance(options.latency, ProfiledLatency) else None
+
+
 def _contention(record: Record) -> Levels:
     """How many times as long an iteration takes there while the other phase computes; empty for as long."""
-    latency = record.options.latency
-    if not isinstance(latency, ProfiledLatency):
+    profile = _profile(record.options)
+    if profile is None:
         return ()
-    profile = latency.profile
     if record.role is Role.DECODE:
         return profile.decode_contention
     return ((0, profile.prefill_contention),) if profile.prefill_contention > 1 else ()
@@ -226,9 +230,8 @@ def _contention(record: Record) -> Levels:
 
 def _shares(record: Record) -> bool:
     """Whether it matters there what the other phase does."""
-    latency = record.options.latency
-    beside_s = latency.profile.handoff_beside_s if isinstance(latency, ProfiledLatency) else 0.0
-    return bool(_contention(record) or beside_s)
+    profile = _profile(record.options)
+    return bool(_contention(record) or (profile is not None and profile.handoff_beside_s))
 
 
 def _request(hop: Hop, now_s: float) -> TokenRequest:
@@ -253,6 +256,7 @@ class SimInstances:
         lives: READY lives by instance id.
         block_hashes: of the prompts under way by request id, so that no engine hashes what another has.
         records: what each place did.
+        latency: of the instances of each role.
     """
 
     def __init__(
@@ -276,6 +280,7 @@ class SimInstances:
             Role.PREFILL: twin_options(spec, Role.PREFILL, prefill_options(spec)),
             Role.DECODE: twin_options(spec, Role.DECODE, decode_options(spec)),
         }
+        self.latency = {role: options.latency for role, options in of_role.items()}
         self.records = {
             instance_id: Record(instance_id, role, of_role[role], []) for instance_id, role in spec.places()
         }

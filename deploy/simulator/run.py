@@ -30,7 +30,7 @@ from deploy.simulator.scenario import QUIET, Cut, Kill, Scenario, Slow
 from deploy.slo_classes import SloClass
 from deploy.virtual_time import VirtualTimeLoop, run_virtual
 from deploy.workload import WorkloadRequest, fast_prompt_tokens
-from router.policies import latency_of, make_policy
+from router.policies import make_policy
 from router.policy import Policy
 from router.predictor import Predictor
 from router.router import Router
@@ -86,7 +86,7 @@ class Simulation:
         self._seed = seed
         self._journal = Journal(requests, classes, with_spans=with_spans, on_progress=on_progress)
         self._instances = SimInstances(self._spec, scenario, self._journal, self._deliver)
-        predictor = Predictor(latency_of(self._spec))
+        predictor = Predictor(self._instances.latency)
         self._router = Router(
             policy or make_policy(spec.policy, predictor),
             spec.deadlines,

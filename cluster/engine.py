@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from cluster.errors import ServingError
 from cluster.instance import EngineFacts
-from cluster.wire import Load
+from cluster.wire import Blocks, Load
 
 Frames = Sequence[Any]
 
@@ -51,6 +51,10 @@ class Engine(Protocol):
 
     async def outputs(self) -> Any:
         """The next step's outputs. Raises EngineDied."""
+        ...
+
+    async def block_changes(self) -> Blocks:
+        """The next changes of the prefix cache."""
         ...
 
     def load(self) -> Load:

@@ -130,6 +130,27 @@ class Rejected(ServingError):
         return f"too busy for this request's SLO: {'; '.join(said)}; try again in {self.retry_after_s} s"
 
 
+class RejectedForOthers(ServingError):
+    """There is room, and it is reserved for others. Facts: `why`, `ttft_s` (predicted), `limit_s` (the
+    longest that this request may wait now), `retry_after_s`."""
+
+    retryable = True
+    http_status = 429
+    reason = "rejected-reserved"
+
+    why: str
+    ttft_s: float
+    limit_s: float
+    retry_after_s: int
+
+    def describe(self) -> str:
+        return (
+            f"too busy for this request now, as {self.why}: TTFT would be {self.ttft_s * 1e3:.0f} ms, "
+            f"and what comes later than {self.limit_s * 1e3:.0f} ms is for others; "
+            f"try again in {self.retry_after_s} s"
+        )
+
+
 class InstanceLost(ServingError):
     """An instance died or became unreachable while it held the request. Facts: `instance`, `stage`."""
 

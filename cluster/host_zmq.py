@@ -40,6 +40,9 @@ class EngineHost:
         self._welcome = wire.Welcome(instance=instance_id, incarnation=incarnation)
         self._owner: dict[str, bytes] = {}
         self._ingresses: dict[bytes, str] = {}
+        # Those that route by prefixes, and what there is to be found.
+        self._want_blocks: set[bytes] = set()
+        self._blocks: dict[int, None] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -74,6 +77,7 @@ class EngineHost:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._receive(), name="host-receive")
                 group.create_task(self._forward(), name="host-forward")
+                group.create_task(self._tell_blocks(), name="host-blocks")
         except* EngineDied as errors:
             died = errors.exceptions[0]
             for ingress in list(self._ingresses):
@@ -139,13 +143,17 @@ class EngineHost:
         self._idle.clear()
 
     async def _greet(self, ingress: bytes, hello: wire.Hello) -> None:
-        ours = wire.Hello(wire_version=wire.WIRE_VERSION, engine=self._engine_name, ingress=hello.ingress)
+        ours = wire.Hello(wire.WIRE_VERSION, self._engine_name, hello.ingress, hello.wants_blocks)
         if hello != ours:
             reason = f"ingress {hello.ingress} speaks {hello}, this instance speaks {ours}"
             await self._send(ingress, [wire.REFUSED, wire.pack(reason)])
             return
         self._ingresses[ingress] = hello.ingress
         await self._send(ingress, [wire.WELCOME, wire.pack(self._welcome)])
+        if hello.wants_blocks:
+            # Enqueued before anything else has its turn, so every later change comes after it.
+            self._want_blocks.add(ingress)
+            await self._send(ingress, [wire.BLOCKS, wire.pack(wire.Blocks(stored=list(self._blocks)))])
 
     async def _call(self, ingress: bytes, call: wire.Call) -> None:
         try:
@@ -168,6 +176,18 @@ class EngineHost:
                 await self._send(ingress, [wire.OUTPUTS, load, *frames])
             if not self._owner:
                 self._idle.set()
+
+    async def _tell_blocks(self) -> None:
+        while True:
+            changes = await self._engine.block_changes()
+            if changes.cleared:
+                self._blocks.clear()
+            for name in changes.removed:
+                self._blocks.pop(name, None)
+            self._blocks.update(dict.fromkeys(changes.stored))
+            packed = wire.pack(changes)
+            for ingress in list(self._want_blocks):
+                await self._send(ingress, [wire.BLOCKS, packed])
 
     def _by_ingress(self, step: Any) -> dict[bytes, list[Any]]:
         groups: dict[bytes, list[Any]] = {}
@@ -204,6 +224,7 @@ class EngineHost:
 
     def _drop(self, ingress: bytes, why: str) -> None:
         name = self._ingresses.pop(ingress, None)
+        self._want_blocks.discard(ingress)
         orphans = [request_id for request_id, owner in self._owner.items() if owner == ingress]
         if orphans:
             self._engine.abort(orphans)

@@ -43,6 +43,18 @@ class IngressMetrics:
             "Handles released because nobody would read them",
             registry=registry,
         )
+        self.prediction_seconds = Histogram(
+            "pdserve_prediction_seconds",
+            "TTFT and TPOT of requests that ended well: as predicted at their decision, and as they came",
+            ["what", "kind"],
+            buckets=_STAGE_BUCKETS_S,
+            registry=registry,
+        )
+        # Looked up once: a lookup by label costs more than the observation.
+        self._predictions = {
+            what: [self.prediction_seconds.labels(what, kind) for kind in ("predicted", "actual")]
+            for what in ("ttft", "tpot")
+        }
         self.stage_seconds = Histogram(
             "pdserve_stage_seconds",
             "Prefill: from its sending to its token; transfer: from the hand-over to the first decoded token",
@@ -50,3 +62,10 @@ class IngressMetrics:
             buckets=_STAGE_BUCKETS_S,
             registry=registry,
         )
+
+    def predicted(self, what: str, predicted_s: float, actual_s: float | None) -> None:
+        """Count a prediction of `ttft` or `tpot` with what came; nothing where nothing came."""
+        if actual_s is None:
+            return
+        for series, seconds in zip(self._predictions[what], (predicted_s, actual_s), strict=True):
+            series.observe(seconds)

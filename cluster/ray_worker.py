@@ -10,7 +10,7 @@ import ray
 from cluster.errors import ServingError
 from cluster.instance import Role
 from cluster.spec import ClusterSpec
-from cluster.worker import Ready, Worker
+from cluster.worker import OrderFor, Ready, Worker
 
 
 class WorkerShell:
@@ -19,6 +19,7 @@ class WorkerShell:
     Args:
         controller: the controller's actor handle, told every phase of the start.
         cores: CPU cores of the ranks, in vLLM's notation; CPU clusters only.
+        prompt_order: see `Worker`.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class WorkerShell:
         incarnation: str,
         cores: str,
         controller: Any,
+        prompt_order: OrderFor | None = None,
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         self._worker = Worker(
@@ -42,6 +44,7 @@ class WorkerShell:
             cores=cores,
             phase_options=phase_options,
             on_phase=lambda phase: controller.progress.remote(instance_id, incarnation, phase),
+            prompt_order=prompt_order,
         )
 
     async def start(self) -> Ready:

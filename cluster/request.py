@@ -65,6 +65,7 @@ class ServeRequest:
         slo, slo_class: what it needs, and the name of its class; empty for none.
         priority: as vLLM's, lower is more important.
         session_id, tenant: who sends it; empty where the client does not say.
+        plain_prompt: whether its KV follows from its tokens alone: no adapter, image or salt.
     """
 
     request_id: str
@@ -76,6 +77,7 @@ class ServeRequest:
     priority: int = 0
     session_id: str = ""
     tenant: str = ""
+    plain_prompt: bool = True
 
 
 @dataclass(slots=True, kw_only=True)

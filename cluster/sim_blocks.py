@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cluster.block_names import BlockChanges
 from cluster.prefix_hash import chain_hashes
 
 
@@ -54,7 +55,11 @@ class BlockTable:
 
 
 class BlockPool:
-    """The blocks of one engine."""
+    """The blocks of one engine.
+
+    Attributes:
+        changes: of the prefix cache, where somebody wants to be told of them.
+    """
 
     def __init__(self, blocks: int, block_size: int, *, caching: bool) -> None:
         self.blocks = blocks
@@ -72,6 +77,7 @@ class BlockPool:
         self._releases = 0
         self._named = 0
         self._has_copies = False
+        self.changes: BlockChanges | None = None
 
     @property
     def free(self) -> int:
@@ -152,6 +158,8 @@ class BlockPool:
         if (self._has_copies or fresh[0] in known) and not known.keys().isdisjoint(fresh):
             fresh = [self._name() if block in known else block for block in fresh]
             self._has_copies = True
+        if self.changes is not None:
+            self.changes.stored(block for block in fresh if not self._is_private(block))
         self._begin_use(table, fresh)
         table.shared = table.shared + fresh
         table.private -= len(fresh)
@@ -199,6 +207,9 @@ class BlockPool:
         self._named += 1
         return -self._named
 
+    def _is_private(self, block: int) -> bool:
+        return -self._named <= block < 0
+
     def _last_used(self, blocks: list[int]) -> list[int]:
         """Those that nobody else uses; of the others one use less."""
         joint = self._joint
@@ -217,6 +228,7 @@ class BlockPool:
         known, released = self._known, self._released
         self._idle -= count
         self._plain += count
+        evicted: list[int] = []
         while count:
             release, blocks = released[0]
             last = blocks[-count:]
@@ -225,6 +237,9 @@ class BlockPool:
                 use = known.get(block)
                 if use is not None and use.released == release:
                     del known[block]
+                    evicted.append(block)
                     count -= 1
             if not blocks:
                 released.popleft()
+        if self.changes is not None:
+            self.changes.removed(block for block in evicted if not self._is_private(block))

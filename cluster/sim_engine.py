@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import msgspec
 
 from cluster import wire
+from cluster.block_names import BlockChanges
 from cluster.engine import Frames
 from cluster.errors import ServingError
 from cluster.fingerprint import model_fingerprint
@@ -27,7 +28,7 @@ from cluster.latency import EMPTY_BATCH, Batch, Levels, level_at
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.sim_scheduler import Chunk, PromptOrder, Scheduler, Sequence, Step
 from cluster.spec import ClusterSpec
-from cluster.wire import DUE_PARAM, Load, PrefillCounts, StepOutputs, TokenOutput, TokenRequest
+from cluster.wire import DUE_PARAM, Blocks, Load, PrefillCounts, StepOutputs, TokenOutput, TokenRequest
 
 SIM_ENGINE_NAME = "sim 3"
 _VOCABULARY = range(100, 4000)
@@ -151,6 +152,7 @@ class SimEngine:
         on_busy: Callable[[bool], None] | None = None,
         quiet_s: float = 0.0,
         order: PromptOrder | None = None,
+        tells_blocks: bool = False,
     ) -> None:
         """
         Args:
@@ -159,6 +161,7 @@ class SimEngine:
             quiet_s: how long a running request may go without news; 0 tells every token as it comes. More
                 lets many iterations pass as one event, and changes no time.
             order: in which prompts are computed; none is that of their arrival.
+            tells_blocks: whether somebody wants to know how its prefix cache changes.
         """
         self._options = options
         self._model = model
@@ -169,6 +172,8 @@ class SimEngine:
         self._is_busy = False
         self._contention: Levels = ()
         self._scheduler = Scheduler(options, order)
+        self._block_changes = self._scheduler.pool.changes = BlockChanges() if tells_blocks else None
+        self._block_waiter: asyncio.Future[None] | None = None
         self._flights: list[_Flight] = []
         self._stage_free_s = [0.0] * options.pipeline_stages
         self._ended_s: dict[int, float] = {}
@@ -282,7 +287,19 @@ class SimEngine:
                 # Now, not when the host has sent these: what comes until then has missed this iteration.
                 self._launch(now_s)
                 self._told_used = self._scheduler.pool.used
+                if self._block_changes and self._block_waiter is not None and not self._block_waiter.done():
+                    self._block_waiter.set_result(None)
                 return StepOutputs(outputs=outputs)
+
+    def take_block_changes(self) -> Blocks | None:
+        """How the prefix cache has changed since the last call; None for not at all."""
+        return self._block_changes.take() if self._block_changes else None
+
+    async def block_changes(self) -> Blocks:
+        while (changes := self.take_block_changes()) is None:
+            self._block_waiter = asyncio.get_running_loop().create_future()
+            await self._block_waiter
+        return changes
 
     def load(self) -> Load:
         scheduler = self._scheduler

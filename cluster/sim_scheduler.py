@@ -281,20 +281,23 @@ class Scheduler:
         now_s: float,
     ) -> list[Chunk]:
         """Prompt tokens for an iteration: of the prompts in progress, then of waiting ones, if there were
-        only so many `preemptions` so far. With an order, those in progress that rank behind the first that
-        waits come last."""
-        ranked = self._ranked(self._order, now_s) if self._order is not None else (self._prefilling, [])
-        first, later = ranked
+        only so many `preemptions` so far. With an order, a prompt in progress gives way for an iteration to
+        one that waits and ranks before it, and with it all that wait and rank behind it."""
+        first, later, most = self._ranked(now_s)
         chunks = self._continue_prompts(group, budget, first)
         if self.preemptions == preemptions:
-            self._admit(budget - sum(chunk.tokens for chunk in chunks), chunks, to_read)
-            if later:
-                left = budget - sum(chunk.tokens for chunk in chunks)
-                chunks += self._continue_prompts(group, left, later)
+            self._admit(budget - sum(chunk.tokens for chunk in chunks), chunks, to_read, most)
+            if later and not chunks:
+                # What was to go first finds no memory, and those who gave way have it.
+                chunks = self._continue_prompts(group, budget, later)
         return chunks
 
-    def _ranked(self, order: PromptOrder, now_s: float) -> tuple[list[Sequence], list[Sequence]]:
-        """Prompts in progress that go before those that wait, and the others; all lists in order."""
+    def _ranked(self, now_s: float) -> tuple[list[Sequence], list[Sequence], int]:
+        """Prompts in progress that go before those that wait, those that give way, and how many of those that
+        wait may go; all lists in order."""
+        order = self._order
+        if order is None:
+            return self._prefilling, [], len(self.waiting)
 
         def rank(sequence: Sequence) -> Any:
             left = sequence.total - sequence.computed
@@ -302,12 +305,16 @@ class Scheduler:
 
         under_way = sorted(self._prefilling, key=rank)
         if not self.waiting:
-            return under_way, []
+            return under_way, [], 0
         if len(self.waiting) > 1:
             self.waiting = deque(sorted(self.waiting, key=rank))
         next_rank = rank(self.waiting[0])
         first = [sequence for sequence in under_way if not rank(sequence) > next_rank]
-        return first, under_way[len(first) :]
+        later = under_way[len(first) :]
+        if not later:
+            return first, [], len(self.waiting)
+        limit = rank(later[0])
+        return first, later, sum(rank(sequence) < limit for sequence in self.waiting)
 
     def _continue_prompts(self, group: DecodeGroup, budget: int, sequences: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -331,18 +338,20 @@ class Scheduler:
             budget -= tokens
         return [chunk for chunk in chunks if chunk.preempted == chunk.sequence.preempted]
 
-    def _admit(self, budget: int, chunks: list[Chunk], to_read: list[Sequence]) -> None:
-        if not self.loaded_waiting and not self.waiting:
+    def _admit(self, budget: int, chunks: list[Chunk], to_read: list[Sequence], most: int) -> None:
+        """Begin prompts, at most so many of those that wait."""
+        if not self.loaded_waiting and not most:
             return
         running = self.running
         while budget > 0 and running < self.options.max_num_seqs:
-            if not self.loaded_waiting and not self.waiting:
+            if not self.loaded_waiting and not most:
                 return
             sequence = self.loaded_waiting[0] if self.loaded_waiting else self.waiting[0]
             if sequence.remote is not None:
                 if not self._begin_loading(sequence):
                     return
                 self.waiting.popleft()
+                most -= 1
                 to_read.append(sequence)
                 continue
             found = self.pool.find(sequence.table, sequence.total - 1) if not sequence.computed else 0
@@ -359,6 +368,7 @@ class Scheduler:
                 del self.loaded_waiting[0]
             else:
                 self.waiting.popleft()
+                most -= 1
             self._prefilling.append(sequence)
             self._number(sequence)
             running += 1

@@ -33,11 +33,13 @@ class SloSpec(Frozen):
         default: class of a request that names none; without one, such a request has no bounds.
         classes: by name.
         by_api_key: class by API key, for requests that name none.
+        tenant_weights: shares of tenants (header `x-tenant-id`) that are not 1.
     """
 
     default: str | None = None
     classes: dict[str, SloClassSpec] = Field(default_factory=dict)
     by_api_key: dict[str, str] = Field(default_factory=dict)
+    tenant_weights: dict[str, PositiveFloat] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> SloSpec:

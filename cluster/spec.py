@@ -168,8 +168,8 @@ class ClusterSpec(Frozen):
         engine_options: any vLLM engine option, for both pools and the ingress.
         policy: name of the router's policy (`router.policies`).
         slo: classes of requests.
-        prefill_order: which prompt goes first: the one that came first, or the one that is due first; of
-            twins only, so far.
+        prefill_order: which prompt goes first: the one that came first, or the one that is due first, for
+            which another gives way between two of its chunks.
     """
 
     name: str = Field(default="pdserve", pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")

@@ -17,10 +17,14 @@ SUPPORTED_VLLM = "0.32.0"
 
 _HOME = {
     # engine, worker side
+    "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
+    "Scheduler": "vllm.v1.core.sched.scheduler",
     "AsyncEngineArgs": "vllm.engine.arg_utils",
     "EngineCore": "vllm.v1.engine.core",
     "EngineCoreClient": "vllm.v1.engine.core_client",
     "Executor": "vllm.v1.executor",
+    "KVEventBatch": "vllm.distributed.kv_events",
+    "KVEventsConfig": "vllm.config",
     "UsageContext": "vllm.usage.usage_lib",
     # what engines and front ends say to each other
     "EngineCoreOutput": "vllm.v1.engine",

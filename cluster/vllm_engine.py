@@ -14,8 +14,9 @@ from cluster import vllm_api
 from cluster.engine import EngineDied, Frames
 from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint
+from cluster.vllm_kv_events import VllmKvEvents
 from cluster.vllm_options import engine_config
-from cluster.wire import RELEASE_PARAM, Load
+from cluster.wire import RELEASE_PARAM, Blocks, Load
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class VllmEngine:
         self._encoder = vllm_api.MsgpackEncoder()
         self._load = _IDLE
         self._config: Any = None
+        self._events = VllmKvEvents(options)
 
     def load(self) -> Load:
         return self._load
@@ -100,9 +102,12 @@ class VllmEngine:
             )
         )
 
+    async def block_changes(self) -> Blocks:
+        return await self._events.changes()
+
     def _configure(self, progress: Callable[[str], None]) -> Any:
         progress("loading vLLM")
-        self._config = engine_config(self._options)
+        self._config = engine_config(self._options | {"kv_events_config": self._events.config})
         return self._config
 
     def _note_load(self, outputs: Any) -> None:
@@ -130,6 +135,7 @@ class ThreadEngine(VllmEngine):
 
     async def start(self, progress: Callable[[str], None]) -> EngineFacts:
         loop = self._loop = asyncio.get_running_loop()
+        self._events.open()
         ready: asyncio.Future[EngineFacts] = loop.create_future()
         self._thread = threading.Thread(
             target=self._run, args=(loop, ready, progress), name="engine-core", daemon=True
@@ -174,6 +180,7 @@ class ThreadEngine(VllmEngine):
         if self._thread is not None:
             self._inbox.put(None)
             await asyncio.to_thread(self._thread.join, 10.0)
+        self._events.close()
 
     def _run(
         self,
@@ -245,6 +252,7 @@ class ProcessEngine(VllmEngine):
         self._order = asyncio.Lock()
 
     async def start(self, progress: Callable[[str], None]) -> EngineFacts:
+        self._events.open()
         config = await asyncio.to_thread(self._configure, progress)
         progress("starting the engine process and loading the model")
         self._client = await asyncio.to_thread(
@@ -276,6 +284,7 @@ class ProcessEngine(VllmEngine):
     async def stop(self) -> None:
         if self._client is not None:
             await asyncio.to_thread(self._client.shutdown)
+        self._events.close()
 
     def _send(self, sending: Any) -> None:
         # Messages must leave in the order they came: an abort may not overtake its request.

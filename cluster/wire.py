@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-WIRE_VERSION: Final = 1
+WIRE_VERSION: Final = 2
 
 # ingress -> instance
 HELLO: Final = b"H"  # header Hello
@@ -26,6 +26,7 @@ BYE: Final = b"B"  # the ingress leaves: abort all it has here
 # instance -> ingress
 WELCOME: Final = b"W"  # header Welcome
 REFUSED: Final = b"E"  # header str: why
+BLOCKS: Final = b"K"  # header Blocks: how its prefix cache has changed; all of it after WELCOME
 OUTPUTS: Final = b"O"  # header Load, then the encoded outputs
 RESULT: Final = b"V"  # header CallResult
 UNREADABLE: Final = b"J"  # header Unreadable: a request that the engine could not take
@@ -49,6 +50,7 @@ class Hello(msgspec.Struct, array_like=True):
     wire_version: int
     engine: str
     ingress: str
+    wants_blocks: bool = False
 
 
 class Welcome(msgspec.Struct, array_like=True):
@@ -64,6 +66,14 @@ class Load(msgspec.Struct, array_like=True):
     running: int
     waiting: int
     kv_usage: float
+
+
+class Blocks(msgspec.Struct, array_like=True, omit_defaults=True):
+    """How a prefix cache has changed, in names of `cluster.prefix_hash`; `cleared` comes before the rest."""
+
+    stored: list[int] = []
+    removed: list[int] = []
+    cleared: bool = False
 
 
 class Call(msgspec.Struct, array_like=True):

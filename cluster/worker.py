@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.engine import Engine, EngineDied
 from cluster.instance import EngineFacts, InstanceState, Role
+from cluster.latency import LatencyModel
 from cluster.spec import ClusterSpec
 
 if TYPE_CHECKING:  # a worker on a GPU has none
     from cluster.sim_exchange import SocketExchange
+    from cluster.sim_scheduler import PromptOrder
+
+OrderFor = Callable[[LatencyModel], "PromptOrder | None"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,13 @@ class Worker:
         cores: str,
         phase_options: dict[str, Any],
         on_phase: Callable[[str], object],
+        prompt_order: OrderFor | None = None,
     ) -> None:
+        """
+        Args:
+            prompt_order: what a twin's prompts are ordered by, given its latency model; vLLM's have it in
+                `phase_options`.
+        """
         self._spec = spec
         self._role = role
         self._instance_id = instance_id
@@ -54,6 +64,7 @@ class Worker:
         self._cores = cores
         self._phase_options = phase_options
         self._on_phase = on_phase
+        self._prompt_order = prompt_order
         self._engine: Engine | None = None
         self._exchange: SocketExchange | None = None
         self._hosting: Any = None
@@ -139,7 +150,8 @@ class Worker:
             incarnation=self._incarnation,
             kv_bytes_per_token=options.kv_bytes_per_token,
         )
-        engine = SimEngine(options, self._spec.model, exchange=exchange)
+        order = self._prompt_order(options.latency) if self._prompt_order is not None else None
+        engine = SimEngine(options, self._spec.model, exchange=exchange, order=order, tells_blocks=True)
         exchange.source = engine
         self._exchange = exchange
         return engine, SIM_ENGINE_NAME

@@ -30,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_up(commands)
     _add_status(commands)
+    _add_explain(commands)
     _add_replay(commands)
     add_simulate(commands).set_defaults(run=_simulate)
     add_profile(commands)
@@ -54,6 +55,18 @@ def _add_status(commands: Any) -> None:
     )
     status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run=_status)
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser("explain", help="why a request went where it went, and what came of it")
+    explain.add_argument(
+        "request", metavar="REQUEST_ID", help="the id that the API answered with, or its x-request-id"
+    )
+    explain.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the cluster's URL (default %(default)s)"
+    )
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.set_defaults(run=_explain)
 
 
 def _add_replay(commands: Any) -> None:
@@ -117,6 +130,15 @@ def _status(args: argparse.Namespace) -> int:
     status = fetch_status(args.url)
     print(json.dumps(status, indent=2) if args.json else status_text(status))
     return EXIT_OK if status["ready"] else EXIT_FAILED
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from deploy.explain import fetch_explanation
+    from router.decisions import explanation_text
+
+    found = fetch_explanation(args.url, args.request)
+    print(json.dumps(found, indent=2) if args.json else explanation_text(found))
+    return EXIT_OK
 
 
 def _replay(args: argparse.Namespace) -> int:

@@ -93,13 +93,6 @@ def _check(spec: ClusterSpec) -> None:
     require_one_installation()
     require_supported_vllm()
     make_policy(spec.policy, predictor_of(spec))
-    if spec.prefill_order == "deadline":
-        raise SpecError(
-            file="(spec)",
-            path="prefill_order",
-            value="deadline",
-            allowed="live engines compute prompts in the order of arrival so far; simulations can do both",
-        )
     if spec.device == "cpu":
         attention_backend(spec)  # on GPU clusters, what is installed here says nothing of the nodes
     looks_local = spec.model.startswith((".", "/", "~")) or spec.model.count("/") != 1

@@ -9,6 +9,10 @@ from cluster.latency import LatencyModel
 from cluster.spec import ClusterSpec
 from prefill_worker.deadline_order import DeadlineOrder
 
+# Prompt tokens that keep a GPU busy: more in an iteration make no token cheaper, and all prompts of an
+# iteration wait for its end (DistServe's L_m; Sarathi-Serve and Splitwise use the same).
+SATURATING_TOKENS = 2048
+
 
 def phase_options(spec: ClusterSpec) -> dict[str, Any]:
     """vLLM engine options of a prefill instance, under what the spec says.
@@ -16,7 +20,14 @@ def phase_options(spec: ClusterSpec) -> dict[str, Any]:
     Chunked prefill stays on: a chunk boundary is where a long prompt can yield to a short one. Raises as
     `attention_backend`.
     """
-    return {"enable_chunked_prefill": True, "attention_backend": attention_backend(spec)}
+    options: dict[str, Any] = {"enable_chunked_prefill": True, "attention_backend": attention_backend(spec)}
+    if spec.device == "gpu":
+        options["max_num_batched_tokens"] = SATURATING_TOKENS
+    if spec.prefill_order == "deadline":
+        # By name: whoever makes the options need not have vLLM. On CPUs it decides nothing ahead.
+        kind = "AsyncDeadlineScheduler" if spec.device == "gpu" else "DeadlineScheduler"
+        options["scheduler_cls"] = f"prefill_worker.deadline_scheduler_vllm.{kind}"
+    return options
 
 
 def prompt_order(spec: ClusterSpec, latency: LatencyModel) -> DeadlineOrder | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from cluster.instance import Role
 from cluster.ray_worker import WorkerShell
 from cluster.spec import ClusterSpec
-from prefill_worker.phase import phase_options
+from prefill_worker.phase import phase_options, prompt_order
 
 
 class PrefillActor(WorkerShell):
     """One prefill instance."""
 
     def __init__(self, spec: ClusterSpec, **place: Any) -> None:
-        super().__init__(spec, Role.PREFILL, phase_options(spec), **place)
+        super().__init__(
+            spec, Role.PREFILL, phase_options(spec), prompt_order=partial(prompt_order, spec), **place
+        )

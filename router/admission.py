@@ -2,34 +2,88 @@
 
 The policy has chosen the best place there is and says how likely the request keeps its bounds there. Where
 that is next to impossible it gets nothing by being served, and takes from others what would have kept theirs.
+
+The last part of the time that a request may wait is reserved, as telephone networks reserve their last lines:
+not for tenants that have had more than others who ask as well, and not for classes of lower priority. They
+are refused a little sooner, so that the others find room when they come, and nobody while there is much room.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from cluster.errors import Rejected
+from cluster.errors import Rejected, RejectedForOthers
 from cluster.request import ServeRequest
 from router.predictor import Prediction
+from router.tenants import Tenants
 
 # A rejection shall be right nine times out of ten.
-LEAST_CHANCE = 0.1
+LEAST_CHANCE = 0.3
+# Of the time a request may wait: for those within their share, and for those of priority 0 or more important.
+RESERVED = 0.3
 # Nobody is asked to come back sooner, or to plan for longer.
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 60.0
 
 
-def require_chance(request: ServeRequest, predicted: Prediction | None) -> None:
-    """Raises Rejected for a request with next to no chance; nothing is known of one without a prediction."""
-    if predicted is None or predicted.chance >= LEAST_CHANCE:
-        return
-    slo = request.slo
-    late_s = predicted.ttft_s - slo.ttft_s
+class Admission:
+    """Who is let in."""
+
+    def __init__(self, longest_s: float = math.inf, weights: Mapping[str, float] | None = None) -> None:
+        """
+        Args:
+            longest_s: no prompt may take longer, whatever its SLO: then it would be ended anyway.
+            weights: of tenants, where it is not 1.
+        """
+        self._longest_s = longest_s
+        self._tenants = Tenants(weights)
+
+    def require(self, request: ServeRequest, predicted: Prediction | None, now_s: float) -> None:
+        """Raises Rejected for a request with next to no chance, RejectedForOthers for one whose place others
+        shall have; nothing is known of one without a prediction."""
+        self._tenants.came(request.tenant, now_s)
+        if predicted is None:
+            return
+        bound_s = min(request.slo.ttft_s, self._longest_s)
+        if predicted.chance < LEAST_CHANCE or predicted.ttft_s > self._longest_s:
+            raise _rejected(request, predicted, bound_s)
+        limit_s = bound_s
+        why = []
+        if self._tenants.is_ahead(request.tenant, now_s):
+            limit_s *= 1 - RESERVED
+            why.append("this tenant has had more than others that ask")
+        if request.priority > 0:
+            limit_s *= 1 - RESERVED
+            why.append("its priority is lower than others'")
+        if why and predicted.ttft_s > limit_s:
+            retry_s = _retry_s(predicted.ttft_s - limit_s)
+            raise RejectedForOthers(
+                why=" and ".join(why), ttft_s=predicted.ttft_s, limit_s=limit_s, retry_after_s=retry_s
+            )
+
+    def admitted(self, request: ServeRequest, predicted: Prediction | None) -> None:
+        """It will be served."""
+        output_tokens = 0 if predicted is None else predicted.output_tokens
+        self._tenants.served(request.tenant, len(request.prompt_token_ids), output_tokens)
+
+    def ended(self, request: ServeRequest, predicted: Prediction | None, output_tokens: int) -> None:
+        """It was served so much."""
+        expected = 0 if predicted is None else predicted.output_tokens
+        self._tenants.served(request.tenant, 0, output_tokens - expected)
+
+
+def _rejected(request: ServeRequest, predicted: Prediction, bound_s: float) -> Rejected:
+    late_s = predicted.ttft_s - bound_s
     # Where it is the TPOT: iterations get shorter as answers end, half of the batch's within half an answer.
-    retry_s = late_s if late_s > 0 else predicted.tpot_s * predicted.output_tokens / 2
-    raise Rejected(
+    wait_s = late_s if late_s > 0 else predicted.tpot_s * predicted.output_tokens / 2
+    return Rejected(
         ttft_s=predicted.ttft_s,
         tpot_s=predicted.tpot_s,
-        ttft_bound_s=slo.ttft_s,
-        tpot_bound_s=slo.tpot_s,
-        retry_after_s=math.ceil(max(LEAST_RETRY_S, min(MOST_RETRY_S, retry_s))),
+        ttft_bound_s=bound_s,
+        tpot_bound_s=request.slo.tpot_s,
+        retry_after_s=_retry_s(wait_s),
     )
+
+
+def _retry_s(wait_s: float) -> int:
+    return math.ceil(max(LEAST_RETRY_S, min(MOST_RETRY_S, wait_s)))

@@ -42,7 +42,12 @@ class Claim:
         self._prefill, self._decode = fleet.view_of(places[0]), fleet.view_of(places[-1])
         if self._prefill is not None:
             self._prefill.prompts.add(
-                self._name, predicted.work_s, now_s + request.slo.ttft_s, now_s, tokens=tokens
+                self._name,
+                predicted.work_s,
+                now_s + request.slo.ttft_s,
+                now_s,
+                tokens=tokens - predicted.cached_tokens,
+                bound_s=request.slo.ttft_s,
             )
         if self._decode is not None:
             self._decode.decodes.add(self._name, tokens, predicted.output_tokens, request.slo.tpot_s)

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cluster.instance import InstanceInfo, InstanceState, Role
+from cluster.request import ServeRequest
+from cluster.wire import Blocks
 from router.decode_batch import DecodeBatch
-from router.prompt_queue import PromptQueue
-from router.view import ClusterView, InstanceView, Loaded, Reservations, View, as_value
+from router.prefix_index import Prefixes
+from router.prompt_queue import PromptPool, PromptQueue
+from router.view import ClusterView, InstanceView, Loaded, Reservations, View, as_value, cached_of
 
 L = TypeVar("L", bound=Loaded)
 
@@ -33,10 +36,12 @@ class Fleet(Generic[L]):
 
     Args:
         by_deadline: whether prefill instances compute prompts in the order of their deadlines.
+        with_prefixes: whether it is known what their caches hold.
     """
 
-    def __init__(self, *, by_deadline: bool = False) -> None:
+    def __init__(self, *, by_deadline: bool = False, with_prefixes: bool = False) -> None:
         self._by_deadline = by_deadline
+        self._prefixes = Prefixes() if with_prefixes else None
         self.reservations = Reservations(self._move)
         self._members: dict[str, Member[L]] = {}
         # (outstanding tokens, engine index, instance id) of the READY ones, in order.
@@ -44,6 +49,7 @@ class Fleet(Generic[L]):
         self._placed: dict[str, tuple[int, int, str]] = {}
         self._ready: dict[Role, tuple[InstanceView, ...] | None] = dict.fromkeys(Role)
         self._bounds: dict[Role, dict[float, int]] = {role: {} for role in Role}
+        self._pending = {role: PromptPool() for role in Role}
 
     def __contains__(self, instance_id: object) -> bool:
         return instance_id in self._members
@@ -71,7 +77,9 @@ class Fleet(Generic[L]):
         view = InstanceView(
             info=info,
             link=link,
-            prompts=PromptQueue(by_deadline=self._by_deadline and info.role is Role.PREFILL),
+            prompts=PromptQueue(
+                self._pending[info.role], by_deadline=self._by_deadline and info.role is Role.PREFILL
+            ),
             decodes=DecodeBatch(self._bounds[info.role]),
         )
         view.outstanding_tokens = self.reservations.tokens(info.instance_id)
@@ -83,6 +91,8 @@ class Fleet(Generic[L]):
         """It can't be reached any more; None when it was none of ours."""
         self._unplace(instance_id)
         self._retire(instance_id)
+        if self._prefixes is not None:
+            self._prefixes.forget(instance_id)
         return self._members.pop(instance_id, None)
 
     def update(self, info: InstanceInfo) -> bool:
@@ -93,9 +103,14 @@ class Fleet(Generic[L]):
         self._unplace(info.instance_id)
         member.info = member.view.info = info
         if info.state is not InstanceState.READY:
-            member.view.decodes.leave_pool()
+            member.view.leave_pool()
         self._place(info)
         return True
+
+    def blocks_changed(self, instance_id: str, changes: Blocks) -> None:
+        """A member's prefix cache has changed."""
+        if self._prefixes is not None and (member := self._members.get(instance_id)) is not None:
+            self._prefixes.changed(member.info, changes)
 
     # --- the view of the READY ones
 
@@ -117,18 +132,24 @@ class Fleet(Generic[L]):
     def bounds(self, role: Role) -> Mapping[float, int]:
         return self._bounds[role]
 
+    def pending(self, role: Role) -> PromptPool:
+        return self._pending[role]
+
+    def cached(self, request: ServeRequest) -> Mapping[str, int]:
+        return cached_of(self._prefixes, request)
+
     def without(self, instance_ids: frozenset[str]) -> View:
         return _Without(self, instance_ids)
 
     def snapshot(self) -> ClusterView:
         """The view as a value."""
         prefill, decode = (tuple(map(as_value, self.of(role))) for role in Role)
-        return ClusterView(prefill=prefill, decode=decode)
+        return ClusterView(prefill=prefill, decode=decode, prefixes=self._prefixes)
 
     def _retire(self, instance_id: str) -> None:
-        """What the member decodes is nobody's now."""
+        """What the member has to do is nobody's now."""
         if (member := self._members.get(instance_id)) is not None:
-            member.view.decodes.leave_pool()
+            member.view.leave_pool()
 
     # --- the order
 
@@ -184,6 +205,12 @@ class _Without:
 
     def bounds(self, role: Role) -> Mapping[float, int]:
         return self._view.bounds(role)
+
+    def pending(self, role: Role) -> PromptPool:
+        return self._view.pending(role)
+
+    def cached(self, request: ServeRequest) -> Mapping[str, int]:
+        return self._view.cached(request)
 
     def without(self, instance_ids: frozenset[str]) -> View:
         return _Without(self._view, self._out | instance_ids)

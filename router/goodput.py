@@ -38,6 +38,9 @@ class _Choice(NamedTuple):
         harm: others' expected loss, in requests.
         seconds: predicted TTFT, or TPOT.
         raw_s: the same without the instance's factor.
+        queue_s: until its prompt is begun.
+        work_s: what it adds to the queue, without the instance's factor.
+        cached: tokens of it that need no computing.
         fits: whether its KV has room there.
     """
 
@@ -47,12 +50,28 @@ class _Choice(NamedTuple):
     seconds: float
     raw_s: float
     queue_s: float = 0.0
+    work_s: float = 0.0
+    cached: int = 0
     fits: bool = True
 
     def kept(self, weight: float) -> float:
         """Expected requests that keep their SLO more than without it, for a request that keeps the other
         bound with the chance `weight`."""
         return self.own * weight - self.harm
+
+
+class _Usual(NamedTuple):
+    """What an average instance of a pool has beside what this one has.
+
+    Attributes:
+        tpot: requests by their bound.
+        ttft: prompts by theirs.
+        work_s: of one such prompt.
+    """
+
+    tpot: Mapping[float, float]
+    ttft: Mapping[float, float] = {}
+    work_s: float = 0.0
 
 
 class Goodput:
@@ -63,31 +82,24 @@ class Goodput:
 
     def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
         prefill_pool, decode_pool = (pool_of(view, role) for role in Role)
+        cached = view.cached(request)
         output = self._predictor.output_tokens(request)
-        share = 1 / len(decode_pool)
-        usual = {bound_s: count * share for bound_s, count in view.bounds(Role.DECODE).items()}
+        usual = _usual(view, len(prefill_pool), len(decode_pool))
         decode = _search(
             sorted(decode_pool, key=self._by_batch),
             lambda instance: self._decode(request, instance, output, usual),
             1.0,
         )
-        alone_s, _ = self._predictor.prefill_s(Role.PREFILL, len(request.prompt_token_ids))
-        deadline_s = now_s + request.slo.ttft_s
-
-        def by_ttft(instance: InstanceView) -> tuple[float, int]:
-            wait_s = instance.prompts.wait_s(deadline_s, now_s)
-            return wait_s + alone_s * instance.prefill_pace.factor, instance.info.engine_index
-
         prefill = _search(
-            sorted(prefill_pool, key=by_ttft),
-            lambda instance: self._prefill(request, instance, now_s),
+            self._by_ttft(request, prefill_pool, cached, now_s),
+            lambda instance: self._prefill(request, instance, cached, usual, now_s),
             decode.own,
         )
-        if prefill.own < SURE:
+        if prefill.own - prefill.harm < SURE:
             # A busy pool's prompts may be computed where there is time for them, among decodes.
             among = _search(
                 sorted(decode_pool, key=self._by_batch),
-                lambda instance: self._prefill_among(request, instance, usual, now_s),
+                lambda instance: self._prefill_among(request, instance, cached, usual, now_s),
                 decode.own,
             )
             prefill = _best([prefill, among], decode.own)
@@ -98,11 +110,27 @@ class Goodput:
                     decode = here
         return self._decision(request, prefill, decode, output)
 
+    def _by_ttft(
+        self,
+        request: ServeRequest,
+        pool: Sequence[InstanceView],
+        cached: Mapping[str, int],
+        now_s: float,
+    ) -> Sequence[InstanceView]:
+        deadline_s, prompt = now_s + request.slo.ttft_s, len(request.prompt_token_ids)
+
+        def key(instance: InstanceView) -> tuple[float, int]:
+            found = cached.get(instance.instance_id, 0) if cached else 0
+            alone_s, _ = self._predictor.prefill_s(Role.PREFILL, prompt, found)
+            wait_s = instance.prompts.wait_s(deadline_s, now_s)
+            return wait_s + alone_s * instance.prefill_pace.factor, instance.info.engine_index
+
+        return sorted(pool, key=key)
+
     def _decision(self, request: ServeRequest, prefill: _Choice, decode: _Choice, output: int) -> Decision:
         names = prefill.instance.instance_id, decode.instance.instance_id
         # Who wants one token decodes nowhere.
         odds = prefill.own * (decode.own if request.max_tokens > 1 else 1.0)
-        _, work_s = self._predictor.prefill_s(prefill.instance.info.role, len(request.prompt_token_ids))
         return Decision(
             prefill=names[0],
             decode=names[1],
@@ -112,37 +140,57 @@ class Goodput:
             candidates=((names[0], prefill.own), (names[1], decode.own)),
             predicted=Prediction(
                 queue_s=prefill.queue_s,
-                work_s=work_s * prefill.instance.prefill_pace.factor,
+                work_s=prefill.work_s * prefill.instance.prefill_pace.factor,
                 ttft_s=prefill.seconds,
                 tpot_s=decode.seconds,
                 stage_s=prefill.raw_s,
                 iteration_s=decode.raw_s,
                 output_tokens=output,
                 chance=odds,
+                cached_tokens=prefill.cached,
             ),
         )
 
-    def _prefill(self, request: ServeRequest, instance: InstanceView, now_s: float) -> _Choice:
+    def _prefill(
+        self,
+        request: ServeRequest,
+        instance: InstanceView,
+        cached: Mapping[str, int],
+        usual: _Usual,
+        now_s: float,
+    ) -> _Choice:
         """On an instance that computes prompts only."""
-        pace, bound_s = instance.prefill_pace, request.slo.ttft_s
-        alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids))
+        pace, bound_s, queue = instance.prefill_pace, request.slo.ttft_s, instance.prompts
+        found = cached.get(instance.instance_id, 0) if cached else 0
+        alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids), found)
+        more_s = work_s * pace.factor
         deadline_s = now_s + bound_s
-        queue_s = instance.prompts.wait_s(deadline_s, now_s)
+        queue_s = queue.wait_s(deadline_s, now_s)
         seconds = queue_s + alone_s * pace.factor
         harm = 0.0
-        for prompt, end_s in instance.prompts.behind(deadline_s, now_s):
-            left_s, took_s = prompt.deadline_s - now_s, end_s - now_s
-            before = chance(left_s, took_s, pace.spread)
-            harm += before - chance(left_s, took_s + work_s * pace.factor, pace.spread)
+        for prompt, end_s in queue.behind(deadline_s, now_s):
+            harm += _less(prompt.deadline_s - now_s, end_s - now_s, more_s, pace.spread)
+        # And those that will come while it waits, or is computed.
+        for other_s, count in usual.ttft.items():
+            if bound_s <= other_s or not queue.by_deadline:
+                before_s = queue.wait_s(now_s + other_s, now_s) + usual.work_s
+                harm += count * _less(other_s, before_s, more_s, pace.spread)
         own = chance(bound_s, seconds, pace.spread)
-        return _Choice(instance, own, harm, seconds, queue_s / pace.factor + alone_s, queue_s)
+        raw_s = queue_s / pace.factor + alone_s
+        return _Choice(instance, own, harm, seconds, raw_s, queue_s, work_s, found)
 
     def _prefill_among(
-        self, request: ServeRequest, instance: InstanceView, usual: Mapping[float, float], now_s: float
+        self,
+        request: ServeRequest,
+        instance: InstanceView,
+        cached: Mapping[str, int],
+        usual: _Usual,
+        now_s: float,
     ) -> _Choice:
         """On an instance that decodes: every decode waits for the prompt once."""
         pace = instance.prefill_pace
-        alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids))
+        found = cached.get(instance.instance_id, 0) if cached else 0
+        alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids), found)
         batch_s = self._predictor.batch_s(instance)
         queue_s = instance.prompts.wait_s(now_s + request.slo.ttft_s, now_s) + batch_s / 2
         raw_s = queue_s / pace.factor + alone_s + batch_s
@@ -150,18 +198,16 @@ class Goodput:
         own = chance(request.slo.ttft_s, seconds, pace.spread)
         before_s = self._tpot_s(instance, batch_s)
         after_s = self._tpot_s(instance, batch_s, work_s)
-        harm = _lost(instance.decodes.bounds, usual, before_s, after_s, instance.decode_pace.spread)
+        harm = _lost(instance.decodes.bounds, usual.tpot, before_s, after_s, instance.decode_pace.spread)
         fits = instance.has_room(len(request.prompt_token_ids), KV_SHARE)
-        return _Choice(instance, own, harm, seconds, raw_s, queue_s, fits)
+        return _Choice(instance, own, harm, seconds, raw_s, queue_s, work_s, found, fits)
 
-    def _decode(
-        self, request: ServeRequest, instance: InstanceView, output: int, usual: Mapping[float, float]
-    ) -> _Choice:
+    def _decode(self, request: ServeRequest, instance: InstanceView, output: int, usual: _Usual) -> _Choice:
         pace, prompt = instance.decode_pace, len(request.prompt_token_ids)
         before_s = self._tpot_s(instance, self._predictor.batch_s(instance))
         raw_s = self._predictor.iteration_s(instance, 1, prompt + output // 2)
         after_s = self._tpot_s(instance, raw_s)
-        harm = _lost(instance.decodes.bounds, usual, before_s, after_s, pace.spread)
+        harm = _lost(instance.decodes.bounds, usual.tpot, before_s, after_s, pace.spread)
         own = chance(request.slo.tpot_s, after_s, pace.spread)
         return _Choice(instance, own, harm, after_s, raw_s, fits=instance.has_room(prompt + output, KV_SHARE))
 
@@ -173,6 +219,15 @@ class Goodput:
         """With the prompts that are computed in between, spread over an answer."""
         prompts_s = instance.prompts.work_s + work_s
         return iteration_s * instance.decode_pace.factor + prompts_s / instance.decodes.usual_output
+
+
+def _usual(view: View, prefills: int, decodes: int) -> _Usual:
+    tpot = {bound_s: count / decodes for bound_s, count in view.bounds(Role.DECODE).items()}
+    pending = view.pending(Role.PREFILL)
+    if not pending.bounds:
+        return _Usual(tpot)
+    ttft = {bound_s: count / prefills for bound_s, count in pending.bounds.items()}
+    return _Usual(tpot, ttft, pending.work_s / sum(pending.bounds.values()))
 
 
 def _search(
@@ -221,3 +276,11 @@ def _lost(
             kept = chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread)
             lost += kept * (count + bounds.get(bound_s, 0))
     return lost
+
+
+def _less(bound_s: float, before_s: float, more_s: float, spread: float) -> float:
+    """How much chance to keep a bound something loses that takes `more_s` longer than `before_s`."""
+    after_s = before_s + more_s
+    if after_s < CLEAR * bound_s or before_s * CLEAR > bound_s:
+        return 0.0
+    return chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread)

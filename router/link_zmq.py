@@ -30,6 +30,7 @@ RECONNECT_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 Encode = Callable[[Hop], Sequence[Any]]
 OnOutputs = Callable[[InstanceInfo, Sequence[Any]], None]
 OnUnreadable = Callable[[InstanceInfo, wire.Unreadable], None]
+OnBlocks = Callable[[str, wire.Blocks], None]
 
 
 class ZmqLink:
@@ -42,11 +43,17 @@ class ZmqLink:
         encode: Encode,
         on_outputs: OnOutputs,
         on_unreadable: OnUnreadable,
+        on_blocks: OnBlocks | None = None,
     ) -> None:
+        """
+        Args:
+            on_blocks: told how the instance's prefix cache changes, all that is in it first.
+        """
         self.info = info
         self._encode = encode
         self._on_outputs = on_outputs
         self._on_unreadable = on_unreadable
+        self._on_blocks = on_blocks
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._last_call = 0
         self.load = InstanceLoad()
@@ -68,7 +75,7 @@ class ZmqLink:
             InstanceLost: it does not answer, or it is another life than expected.
         """
         self._socket.connect(self.info.address)
-        hello = wire.Hello(wire_version=wire.WIRE_VERSION, engine=engine, ingress=ingress)
+        hello = wire.Hello(wire.WIRE_VERSION, engine, ingress, wants_blocks=self._on_blocks is not None)
         try:
             async with asyncio.timeout(HELLO_DEADLINE_S):
                 await self._socket.send_multipart([wire.HELLO, wire.pack(hello)])
@@ -142,6 +149,9 @@ class ZmqLink:
                 load = msgspec.msgpack.decode(frames[1].buffer, type=wire.Load)
                 self.load = InstanceLoad(running=load.running, waiting=load.waiting, kv_usage=load.kv_usage)
                 self._on_outputs(self.info, [frame.buffer for frame in frames[2:]])
+            elif kind == wire.BLOCKS and self._on_blocks is not None:
+                changes = msgspec.msgpack.decode(frames[1].buffer, type=wire.Blocks)
+                self._on_blocks(self.info.instance_id, changes)
             elif kind == wire.UNREADABLE:
                 self._on_unreadable(self.info, msgspec.msgpack.decode(frames[1].buffer, type=wire.Unreadable))
             elif kind == wire.RESULT:
@@ -216,6 +226,7 @@ class LinkKeeper:
                 self._encode,
                 self._on_outputs,
                 lambda where, what: self._router.fail_hop(what.request_id, where.instance_id, what.why),
+                self._router.fleet.blocks_changed if self._router.wants_blocks else None,
             )
             why = "it was left"
             try:

@@ -10,23 +10,30 @@ from cluster.latency import LatencyModel
 from cluster.sim_options import twin_options
 from cluster.spec import UNSPLIT, ClusterSpec
 from router.goodput import Goodput
-from router.peers import Mooncake, PowerOfTwo, RoundRobin, SplitwiseJsq
+from router.peers import PowerOfTwo, RoundRobin, SplitwiseJsq
 from router.policy import LeastTokens, Policy, Unsplit
+from router.predicting_peers import LlmdScorers, Mooncake
 from router.predictor import Predictor
+from router.prefix_peers import DynamoKv, PrefixAffinity
 
 POLICIES: dict[str, Callable[[Predictor], Policy]] = {
     "goodput": Goodput,
     "least_tokens": lambda predictor: LeastTokens(),
     "round_robin": lambda predictor: RoundRobin(),
     "power_of_two": lambda predictor: PowerOfTwo(),
+    "prefix_affinity": lambda predictor: PrefixAffinity(),
     "splitwise_jsq": SplitwiseJsq,
     "mooncake": Mooncake,
+    "dynamo_kv": DynamoKv,
+    "llmd_scorers": LlmdScorers,
     UNSPLIT: lambda predictor: Unsplit(),
 }
 
 
 # What these decide follows from times: without a latency model they would know nothing.
-PREDICTING = frozenset({"goodput", "mooncake"})
+PREDICTING = frozenset({"goodput", "mooncake", "llmd_scorers"})
+# These ask what is in the instances' prefix caches.
+PREFIX_AWARE = frozenset({"goodput", "prefix_affinity", "mooncake", "dynamo_kv", "llmd_scorers"})
 
 
 def predictor_of(spec: ClusterSpec) -> Predictor:

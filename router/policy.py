@@ -83,6 +83,19 @@ def pool_of(view: View, role: Role) -> Sequence[InstanceView]:
     return pool
 
 
+def pair(
+    prefill: InstanceView, decode: InstanceView, reason: str, predicted: Prediction | None = None
+) -> Decision:
+    """The decision for two instances."""
+    return Decision(
+        prefill=prefill.instance_id,
+        decode=decode.instance_id,
+        link="nixl",
+        reason=f"{reason}: {prefill.instance_id}, {decode.instance_id}",
+        predicted=predicted,
+    )
+
+
 def _least(view: View, role: Role) -> InstanceView:
     for instance in view.by_tokens(role):
         return instance

@@ -36,6 +36,7 @@ class Prediction:
         iteration_s: of the decode batch with it, without the instance's factor.
         output_tokens: of its answer.
         chance: to keep its SLO, 0 to 1.
+        cached_tokens: of its prompt, that need no computing where it is to be computed.
     """
 
     queue_s: float
@@ -46,6 +47,22 @@ class Prediction:
     iteration_s: float
     output_tokens: int
     chance: float
+    cached_tokens: int = 0
+
+    @classmethod
+    def counted(cls, output_tokens: int, cached_tokens: int = 0) -> Prediction:
+        """Of a policy that counts tokens and predicts no times."""
+        return cls(
+            queue_s=0.0,
+            work_s=0.0,
+            ttft_s=0.0,
+            tpot_s=0.0,
+            stage_s=0.0,
+            iteration_s=0.0,
+            output_tokens=output_tokens,
+            chance=1.0,
+            cached_tokens=cached_tokens,
+        )
 
 
 class Predictor:
@@ -58,8 +75,8 @@ class Predictor:
     def __init__(self, latency: Mapping[Role, LatencyModel] | None = None) -> None:
         constant = ConstantLatency()
         self._latency = latency or dict.fromkeys(Role, constant)
-        # Of the last prompt: a decision asks for the same one once for every instance.
-        self._prefill: dict[Role, tuple[tuple[int, int], tuple[float, float]]] = {}
+        # Of the last length: a decision asks for the same prompt once for every instance.
+        self._prefill: dict[Role, tuple[int, dict[int, tuple[float, float]]]] = {}
         self.lengths = OutputLengths()
 
     def output_tokens(self, request: ServeRequest) -> int:
@@ -70,8 +87,10 @@ class Predictor:
         """(alone, in a queue) seconds of a prompt of which `cached` tokens need no computing, without any
         instance's factor."""
         known = self._prefill.get(role)
-        if known is not None and known[0] == (tokens, cached):
-            return known[1]
+        if known is None or known[0] != tokens:
+            known = self._prefill[role] = tokens, {}
+        if (found := known[1].get(cached)) is not None:
+            return found
         latency = self._latency[role]
         fresh = max(1, tokens - cached)
         attention = tokens * tokens - cached * cached
@@ -79,8 +98,7 @@ class Predictor:
         full = FULL_BATCH_TOKENS
         base_s = latency.iteration_s(Batch(full, full * full, 1))
         both_s = latency.iteration_s(Batch(full + fresh, full * full + attention, 2))
-        found = alone_s, max(0.0, both_s - base_s)
-        self._prefill[role] = (tokens, cached), found
+        found = known[1][cached] = alone_s, max(0.0, both_s - base_s)
         return found
 
     def batch_s(self, instance: InstanceView) -> float:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
+from cluster.instance import InstanceInfo
 from cluster.prefix_hash import chain_hashes
+from cluster.wire import Blocks
 
 # Entries looked at by the sweep for each block that is stored or removed.
 SWEEP = 4
@@ -167,3 +169,45 @@ class PrefixIndex:
                     holders[name] = self._combined(left)
                 else:
                     del holders[name]
+
+
+class Prefixes:
+    """The prefix caches of a fleet: one index for each size of blocks that its engines have."""
+
+    def __init__(self) -> None:
+        self._indexes: dict[int, PrefixIndex] = {}
+
+    def changed(self, info: InstanceInfo, changes: Blocks) -> None:
+        """An instance has told how its cache has changed."""
+        if info.facts is None:
+            return
+        block_size = info.facts.fingerprint.block_size_tokens
+        index = self._indexes.get(block_size)
+        if index is None:
+            index = self._indexes[block_size] = PrefixIndex(block_size)
+        if changes.cleared:
+            index.forget(info.instance_id)
+        index.removed(info.instance_id, changes.removed)
+        index.stored(info.instance_id, changes.stored)
+
+    def forget(self, instance_id: str) -> None:
+        """An instance is gone, and its cache with it."""
+        for index in self._indexes.values():
+            index.forget(instance_id)
+
+    def match(self, tokens: Sequence[int]) -> dict[str, int]:
+        """Leading tokens of a prompt that each instance need not compute; of those that have any.
+
+        The last token is always computed, since the first of the answer follows from it.
+        """
+        found: dict[str, int] = {}
+        for block_size, index in self._indexes.items():
+            most = (len(tokens) - 1) // block_size * block_size
+            for instance_id, cached in index.match(tokens).items():
+                if most:
+                    found[instance_id] = min(cached, most)
+        return found
+
+    def __len__(self) -> int:
+        """Blocks known."""
+        return sum(map(len, self._indexes.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +16,7 @@ class PendingPrompt(NamedTuple):
         number: ties go by arrival.
         work_s: how long it alone takes.
         deadline_s: loop time by which it shall have its token.
+        bound_s: on its time to first token.
     """
 
     key: float
@@ -23,19 +25,53 @@ class PendingPrompt(NamedTuple):
     deadline_s: float
     name: str
     tokens: int
+    bound_s: float
+
+
+class PromptPool:
+    """The prompts of all instances of a role.
+
+    Attributes:
+        bounds: prompts by their bound on the time to first token.
+        work_s: their sum.
+    """
+
+    __slots__ = ("bounds", "work_s")
+
+    def __init__(self) -> None:
+        self.bounds: dict[float, int] = {}
+        self.work_s = 0.0
+
+    def add(self, prompt: PendingPrompt) -> None:
+        self.bounds[prompt.bound_s] = self.bounds.get(prompt.bound_s, 0) + 1
+        self.work_s += prompt.work_s
+
+    def remove(self, prompt: PendingPrompt) -> None:
+        left = self.bounds[prompt.bound_s] - 1
+        if left:
+            self.bounds[prompt.bound_s] = left
+        else:
+            del self.bounds[prompt.bound_s]
+        self.work_s = self.work_s - prompt.work_s if self.bounds else 0.0
 
 
 class PromptQueue:
     """What the router believes of one instance's prompts.
 
     Attributes:
+        by_deadline: whether they are computed in the order of their deadlines.
         work_s, tokens: sums over the prompts.
     """
 
-    __slots__ = ("_by_deadline", "_by_name", "_number", "_prompts", "_since_s", "tokens", "work_s")
+    __slots__ = ("_by_name", "_number", "_pool", "_prompts", "_since_s", "by_deadline", "tokens", "work_s")
 
-    def __init__(self, *, by_deadline: bool = False) -> None:
-        self._by_deadline = by_deadline
+    def __init__(self, pool: PromptPool | None = None, *, by_deadline: bool = False) -> None:
+        """
+        Args:
+            pool: of all instances of the role, kept up to date here.
+        """
+        self.by_deadline = by_deadline
+        self._pool = pool
         self._prompts: list[PendingPrompt] = []
         self._by_name: dict[str, PendingPrompt] = {}
         self._number = 0
@@ -49,14 +85,25 @@ class PromptQueue:
     def __iter__(self) -> Iterator[PendingPrompt]:
         return iter(self._prompts)
 
-    def add(self, name: str, work_s: float, deadline_s: float, now_s: float, *, tokens: int = 0) -> None:
+    def add(
+        self,
+        name: str,
+        work_s: float,
+        deadline_s: float,
+        now_s: float,
+        *,
+        tokens: int = 0,
+        bound_s: float = math.inf,
+    ) -> None:
         """A prompt was sent there."""
         if not self._prompts:
             self._since_s = now_s
         self._number += 1
-        key = deadline_s if self._by_deadline else 0.0
-        prompt = PendingPrompt(key, self._number, work_s, deadline_s, name, tokens)
+        key = deadline_s if self.by_deadline else 0.0
+        prompt = PendingPrompt(key, self._number, work_s, deadline_s, name, tokens, bound_s)
         insort(self._prompts, prompt)
+        if self._pool is not None:
+            self._pool.add(prompt)
         self._by_name[name] = prompt
         self.work_s += work_s
         self.tokens += tokens
@@ -69,6 +116,8 @@ class PromptQueue:
             return None
         was_first = self._prompts[0] is prompt
         self._prompts.remove(prompt)
+        if self._pool is not None:
+            self._pool.remove(prompt)
         self.work_s = self.work_s - prompt.work_s if self._prompts else 0.0
         self.tokens -= prompt.tokens
         took_s = now_s - self._since_s
@@ -76,29 +125,44 @@ class PromptQueue:
             self._since_s = now_s
         return took_s
 
+    def leave_pool(self) -> None:
+        """The role has no such instance any more."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            for prompt in self._prompts:
+                pool.remove(prompt)
+
     def wait_s(self, deadline_s: float, now_s: float) -> float:
         """Seconds until a new prompt with that deadline could begin."""
         if not self._prompts:
             return 0.0
-        if not self._by_deadline:
-            ahead_s = self.work_s
-        else:
+        done_s = now_s - self._since_s
+        if not self.by_deadline:
+            return max(0.0, self.work_s - done_s)
+        ahead_s = 0.0
+        for prompt in self._in_time(now_s):
             # The one that is being computed goes on to the end of its chunk at least; that it is the first
             # is as good a guess as any.
-            ahead_s = self._prompts[0].work_s
-            for prompt in self._prompts[1:]:
-                if prompt.key > deadline_s:
-                    break
-                ahead_s += prompt.work_s
-        return max(0.0, ahead_s - (now_s - self._since_s))
+            if ahead_s and prompt.key > deadline_s:
+                break
+            ahead_s += prompt.work_s
+        return max(0.0, ahead_s - done_s)
 
     def behind(self, deadline_s: float, now_s: float) -> Iterator[tuple[PendingPrompt, float]]:
         """The prompts that a new one with that deadline would delay, each with the time at which it would
         have its token without it."""
-        if not self._by_deadline:
+        if not self.by_deadline:
             return
-        end_s = now_s - min(now_s - self._since_s, self._prompts[0].work_s if self._prompts else 0.0)
-        for position, prompt in enumerate(self._prompts):
-            end_s += prompt.work_s
+        end_s = self._since_s
+        for position, prompt in enumerate(self._in_time(now_s)):
+            end_s = max(end_s + prompt.work_s, now_s)
             if position and prompt.key > deadline_s:
                 yield prompt, end_s
+
+    def _in_time(self, now_s: float) -> Iterator[PendingPrompt]:
+        """Those that can make their deadlines still; the others are computed last (S-EDF)."""
+        begun_s = self._since_s
+        for prompt in self._prompts:
+            if begun_s + prompt.work_s <= prompt.deadline_s:
+                yield prompt
+                begun_s = now_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from cluster.errors import Draining, EngineFailure, InstanceLost, ServingError
@@ -12,6 +12,8 @@ from cluster.instance import InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import ServeRequest, Stage
 from cluster.spec import DeadlineSpec
+from router.admission import Admission
+from router.decisions import Decisions
 from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
 from router.policy import Decision, Policy, Unsplit
@@ -89,6 +91,7 @@ class Router:
 
     Attributes:
         on_decision: told every decision as it is made, with the loop's time.
+        wants_blocks: whether instances shall tell how their prefix caches change.
     """
 
     def __init__(
@@ -100,11 +103,17 @@ class Router:
         predictor: Predictor | None = None,
         *,
         by_deadline: bool = False,
+        with_prefixes: bool = False,
+        decisions: Decisions | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         """
         Args:
             predictor: the policy's; it is told how long answers were.
             by_deadline: whether instances compute prompts in the order of their deadlines.
+            with_prefixes: whether the policy wants to know what is in the instances' caches.
+            decisions: keeps what is decided, for those who ask.
+            tenant_weights: shares of tenants that are not 1.
         """
         self.deadlines = deadlines
         self.metrics = metrics
@@ -113,10 +122,13 @@ class Router:
             stage: metrics.stage_seconds.labels(stage=stage.value)
             for stage in (Stage.PREFILL, Stage.TRANSFER)
         }
-        self.fleet: Fleet[Link] = Fleet(by_deadline=by_deadline)
+        self.fleet: Fleet[Link] = Fleet(by_deadline=by_deadline, with_prefixes=with_prefixes)
+        self.wants_blocks = with_prefixes
         self.reservations = self.fleet.reservations
         self._policy = policy
         self._predictor = predictor
+        self._decisions = decisions
+        self.admission = Admission(deadlines.prefill_s, tenant_weights)
         self._client = client
         self._hops: dict[str, Hop] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
@@ -177,7 +189,7 @@ class Router:
         except Exception as found:
             # The edge of a request, as `_ended` is: whoever submits knows what to do with a ServingError.
             error = found if isinstance(found, ServingError) else _policy_failure(request, found)
-            self.metrics.requests.labels(outcome=error.reason).inc()
+            self._over(run, error.reason)
             raise error from None
         task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
         self._runs[request.request_id] = task
@@ -262,6 +274,8 @@ class Router:
         view = self.fleet.without(avoid) if avoid else self.fleet
         now_s = asyncio.get_running_loop().time()
         decision = self._policy.decide(request, view, now_s)
+        if self._decisions is not None:
+            self._decisions.decided(request, decision, now_s)
         if self.on_decision is not None:
             self.on_decision(request, decision, now_s)
         return decision
@@ -300,12 +314,25 @@ class Router:
                 error = EngineFailure(instance="router", stage=run.stage.value, detail=repr(error))
             outcome = error.reason
             self._client.fail(request_id, error)
-        elif self._predictor is not None and not task.cancelled():
+        self.admission.ended(run.request, run.predicted, len(run.generated))
+        if outcome == "ok" and self._predictor is not None:
             self._predictor.lengths.add(run.request.slo_class, len(run.generated))
         self._client.forget(request_id)
-        self.metrics.requests.labels(outcome=outcome).inc()
+        self._over(run, outcome)
         if not self._runs:
             self._quiet.set()
+
+    def _over(self, run: Run, outcome: str) -> None:
+        """Count a request's end, and what was expected of it beside what came."""
+        self.metrics.requests.labels(outcome=outcome).inc()
+        timeline, tokens = run.timeline, len(run.generated)
+        if timeline.done_s is None:
+            timeline.done_s = asyncio.get_running_loop().time()
+        if self._decisions is not None:
+            self._decisions.ended(run.request, timeline, tokens, outcome)
+        if outcome == "ok" and (expected := run.expected) is not None:
+            self.metrics.predicted("ttft", expected.ttft_s, timeline.ttft_s())
+            self.metrics.predicted("tpot", expected.tpot_s, timeline.tpot_s(tokens))
 
     def _count_instances(self) -> None:
         for role in Role:

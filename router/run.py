@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from cluster.errors import EngineFailure, InstanceLost, ServingError, StageTimeout
 from cluster.handle import KvHandle
 from cluster.request import Handoff, ServeRequest, Stage, Timeline
-from router.admission import require_chance
 from router.claim import Claim
 from router.hop import Hop, HopKind
 from router.policy import Decision
+from router.predictor import Prediction
 
 if TYPE_CHECKING:
     from router.router import Router
@@ -56,8 +56,10 @@ class Run:
         """Decide where it goes and reserve room there. Raises ServingError when it can't go anywhere, and
         Rejected for a new request that would miss its SLO."""
         self._decision = decision = self._router.decide(self.request, self._avoid)
+        admission = self._router.admission
         if not self._avoid:
-            require_chance(self.request, decision.predicted)
+            admission.require(self.request, decision.predicted, self._now())
+            admission.admitted(self.request, decision.predicted)
         self._claim = Claim(
             self._router.fleet,
             self.request,
@@ -66,6 +68,17 @@ class Run:
             tokens=len(self.request.prompt_token_ids) + self._carried(),
             now_s=self._now(),
         )
+
+    @property
+    def predicted(self) -> Prediction | None:
+        """What the last decision expected."""
+        return self._decision.predicted
+
+    @property
+    def expected(self) -> Prediction | None:
+        """What was predicted of it; None where times were not, or where it was decided on more than once."""
+        predicted = self.predicted if not self._avoid else None
+        return predicted if predicted is not None and predicted.ttft_s else None
 
     def give_back(self) -> None:
         """Release what is reserved still."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from cluster.instance import InstanceInfo, InstanceLoad, Role
+from cluster.request import ServeRequest
 from router.decode_batch import DecodeBatch
 from router.pace import Pace
-from router.prompt_queue import PromptQueue
+from router.prefix_index import Prefixes
+from router.prompt_queue import PromptPool, PromptQueue
 
 
 class Loaded(Protocol):
@@ -45,6 +47,11 @@ class InstanceView:
     @property
     def instance_id(self) -> str:
         return self.info.instance_id
+
+    def leave_pool(self) -> None:
+        """Its role has no such instance any more."""
+        self.prompts.leave_pool()
+        self.decodes.leave_pool()
 
     def has_room(self, tokens: int, share: float = 1.0) -> bool:
         """Whether all that decodes there and so many tokens more, each at its longest, fit into that share of
@@ -93,6 +100,14 @@ class View(Protocol):
         """Requests that the instances of a role decode, by their TPOT bound."""
         ...
 
+    def pending(self, role: Role) -> PromptPool:
+        """The prompts that the instances of a role have to compute."""
+        ...
+
+    def cached(self, request: ServeRequest) -> Mapping[str, int]:
+        """Leading tokens of its prompt whose KV instances have, by their ids; of those that have any."""
+        ...
+
     def without(self, instance_ids: frozenset[str]) -> View:
         """The view without some instances; a role of which nothing would be left is kept whole."""
         ...
@@ -100,10 +115,15 @@ class View(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """A view as a value: a snapshot, each role in the order of the spec."""
+    """A view as a value: a snapshot, each role in the order of the spec.
+
+    Attributes:
+        prefixes: what there is in the instances' caches, as far as it is known.
+    """
 
     prefill: tuple[InstanceView, ...]
     decode: tuple[InstanceView, ...]
+    prefixes: Prefixes | None = None
 
     def of(self, role: Role) -> tuple[InstanceView, ...]:
         return self.prefill if role is Role.PREFILL else self.decode
@@ -118,11 +138,28 @@ class ClusterView:
                 total[bound_s] = total.get(bound_s, 0) + count
         return total
 
+    def pending(self, role: Role) -> PromptPool:
+        pool = PromptPool()
+        for instance in self.of(role):
+            for prompt in instance.prompts:
+                pool.add(prompt)
+        return pool
+
+    def cached(self, request: ServeRequest) -> Mapping[str, int]:
+        return cached_of(self.prefixes, request)
+
     def without(self, instance_ids: frozenset[str]) -> ClusterView:
         def keep(views: tuple[InstanceView, ...]) -> tuple[InstanceView, ...]:
             return tuple(v for v in views if v.instance_id not in instance_ids) or views
 
-        return ClusterView(prefill=keep(self.prefill), decode=keep(self.decode))
+        return ClusterView(prefill=keep(self.prefill), decode=keep(self.decode), prefixes=self.prefixes)
+
+
+def cached_of(prefixes: Prefixes | None, request: ServeRequest) -> Mapping[str, int]:
+    """`View.cached`, from the index."""
+    if prefixes is None or not request.plain_prompt:
+        return {}
+    return prefixes.match(request.prompt_token_ids)
 
 
 class Hold:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import math
 import random
 import sys
 import time
@@ -26,10 +27,12 @@ from cluster.instance import InstanceInfo, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import Handoff, ServeRequest
 from cluster.spec import ClusterSpec
+from cluster.wire import DUE_PARAM
 from router.decision_log import DecisionLog, log_path
+from router.decisions import Decisions
 from router.hop import Hop, HopKind
 from router.link_zmq import LinkKeeper
-from router.policies import make_policy, predictor_of
+from router.policies import PREFIX_AWARE, make_policy, predictor_of
 from router.router import Router
 from router.sampling import UNSPLIT, handoff_of, needs_seed
 from router.traits import CURRENT
@@ -84,6 +87,8 @@ def hop_request(original: Any, hop: Hop) -> Any:
         extra["kv_transfer_params"] = keep_for_reader()
     elif hop.kv_params is not None:
         extra["kv_transfer_params"] = dict(hop.kv_params)
+    if hop.deadline_s < math.inf:
+        extra[DUE_PARAM] = hop.deadline_s - asyncio.get_running_loop().time()
     params.extra_args = extra or None
     request.sampling_params = params
     return request
@@ -94,13 +99,27 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
 
     Attributes:
         engine_ranks_managed: engine indices for vLLM's metrics, one per place of the spec.
+        ingress: name of this replica.
+        decisions: what it decided lately, and what came of it.
     """
 
     def __init__(self, spec: ClusterSpec, metrics: IngressMetrics, *, ingress: str, engine: str) -> None:
         self.engine_ranks_managed = list(range(len(spec.places())))
         self.resources = SimpleNamespace(engine_dead=False)
+        self.ingress = ingress
+        self.decisions = Decisions(self._external_id)
         predictor = predictor_of(spec)
-        self.router = Router(make_policy(spec.policy, predictor), spec.deadlines, self, metrics, predictor)
+        self.router = Router(
+            make_policy(spec.policy, predictor),
+            spec.deadlines,
+            self,
+            metrics,
+            predictor,
+            by_deadline=spec.prefill_order == "deadline",
+            with_prefixes=spec.policy in PREFIX_AWARE,
+            decisions=self.decisions,
+            tenant_weights=spec.slo.tenant_weights,
+        )
         self.links = LinkKeeper(
             self.router, ingress=ingress, engine=engine, encode=self._encode, on_outputs=self._on_outputs
         )
@@ -151,6 +170,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                     priority=traits.priority + request.priority,
                     session_id=traits.session_id,
                     tenant=traits.tenant,
+                    plain_prompt=not (request.lora_request or request.cache_salt or request.mm_features),
                 )
             )
         except ServingError as error:

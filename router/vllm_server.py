@@ -6,7 +6,8 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
-from fastapi import FastAPI, Request
+import msgspec
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from cluster import vllm_api
@@ -51,15 +52,26 @@ async def build_server(spec: ClusterSpec, core: ClusterCore) -> FastAPI:
     app.state.server = SimpleNamespace(should_exit=False)
     # vLLM's app has its middleware built already, without ours and our error handler: have it built again.
     app.middleware_stack = None
-    _add_routes(app, core)
+    _add_routes(app, core, spec)
     app.add_middleware(TraitsMiddleware, spec=spec.slo)
     return app
 
 
-def _add_routes(app: FastAPI, core: ClusterCore) -> None:
+def _add_routes(app: FastAPI, core: ClusterCore, spec: ClusterSpec) -> None:
     @app.get("/pdserve/status")
     async def status() -> dict[str, Any]:
         return cluster_status(core)
+
+    @app.get("/pdserve/decisions/{request_id}")
+    async def decision(request_id: str) -> Response:
+        # Each replica knows its own requests: whoever asks must know how many there are to be asked.
+        headers = {"x-pdserve-ingress": core.ingress, "x-pdserve-ingresses": str(spec.ingress.replicas)}
+        found = core.decisions.find(request_id)
+        if found is None:
+            message = f"ingress {core.ingress} knows no request {request_id!r}, or not any more"
+            body = {"message": message, "type": "Not Found", "param": None, "code": 404}
+            return JSONResponse({"error": body}, status_code=404, headers=headers)
+        return Response(msgspec.json.encode(found), media_type="application/json", headers=headers)
 
     @app.get("/live")
     async def live() -> dict[str, bool]:

@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 
-from cluster.errors import Rejected
+from cluster.errors import Rejected, RejectedForOthers
 from cluster.request import NO_SLO, ServeRequest, Slo
-from router.admission import LEAST_CHANCE, require_chance
+from router.admission import LEAST_CHANCE, RESERVED, Admission
 from router.predictor import Prediction
 
 
@@ -20,18 +20,25 @@ def predicted(chance: float, ttft_s: float = 0.5, tpot_s: float = 0.02) -> Predi
     )  # fmt: skip
 
 
-def request(slo: Slo) -> ServeRequest:
-    return ServeRequest(request_id="r", prompt_token_ids=[1], max_tokens=9, slo=slo)
+def request(slo: Slo, tenant: str = "", priority: int = 0) -> ServeRequest:
+    return ServeRequest(
+        request_id="r",
+        prompt_token_ids=[1] * 1000,
+        max_tokens=9,
+        slo=slo,
+        tenant=tenant,
+        priority=priority,
+    )
 
 
 def test_a_chance_is_given() -> None:
-    require_chance(request(NO_SLO), None)
-    require_chance(request(Slo(ttft_s=0.4)), predicted(LEAST_CHANCE))
+    Admission().require(request(NO_SLO), None, 0.0)
+    Admission().require(request(Slo(ttft_s=0.6)), predicted(LEAST_CHANCE), 0.0)
 
 
 def test_a_rejection_says_what_would_be_and_when_to_come_back() -> None:
     with pytest.raises(Rejected) as caught:
-        require_chance(request(Slo(ttft_s=0.3)), predicted(0.01, ttft_s=4.7))
+        Admission().require(request(Slo(ttft_s=0.3)), predicted(0.01, ttft_s=4.7), 0.0)
     error = caught.value
     assert (error.http_status, error.reason, error.retry_after_s) == (429, "rejected-saturated", 5)
     assert str(error) == (
@@ -52,5 +59,40 @@ def test_a_rejection_says_what_would_be_and_when_to_come_back() -> None:
 )
 def test_when_to_come_back(slo: Slo, found: dict[str, float], retry_s: int) -> None:
     with pytest.raises(Rejected) as caught:
-        require_chance(request(slo), predicted(0.0, **found))
+        Admission().require(request(slo), predicted(0.0, **found), 0.0)
     assert caught.value.retry_after_s == retry_s
+
+
+def test_without_an_slo_nobody_waits_for_longer_than_would_be_ended() -> None:
+    admission = Admission(longest_s=120.0)
+    admission.require(request(NO_SLO), predicted(1.0, ttft_s=119.0), 0.0)
+    with pytest.raises(Rejected, match="its bound is 120000 ms"):
+        admission.require(request(NO_SLO), predicted(1.0, ttft_s=121.0), 0.0)
+
+
+def test_who_has_had_more_than_others_leaves_room_for_them() -> None:
+    admission, slo = Admission(), Slo(ttft_s=1.0)
+    late, later = predicted(0.9, ttft_s=0.69), predicted(0.9, ttft_s=0.71)
+    for number in range(40):  # alone it may have all
+        admission.require(request(slo, "big"), later, number * 0.1)
+        admission.admitted(request(slo, "big"), later)
+    admission.require(request(slo, "small"), later, 4.0)
+    for _ in range(40):
+        admission.admitted(request(slo, "big"), later)
+    with pytest.raises(RejectedForOthers, match="this tenant has had more than others") as caught:
+        admission.require(request(slo, "big"), later, 4.2)
+    assert caught.value.http_status == 429
+    assert caught.value.limit_s == pytest.approx(1 - RESERVED)
+    admission.require(request(slo, "big"), late, 4.3)
+    admission.require(request(slo, "small"), later, 4.3)
+    # The other has not come for a minute: alone again.
+    admission.require(request(slo, "big"), later, 70.0)
+
+
+def test_lower_classes_are_shed_first() -> None:
+    admission, slo = Admission(), Slo(ttft_s=1.0)
+    later = predicted(0.9, ttft_s=0.71)
+    admission.require(request(slo, priority=0), later, 0.0)
+    admission.require(request(slo, priority=-1), later, 0.0)
+    with pytest.raises(RejectedForOthers, match="its priority is lower than others'"):
+        admission.require(request(slo, priority=1), later, 0.0)

@@ -27,6 +27,7 @@ CPU_SPEC = str(ROOT / "deploy" / "specs" / "cpu.yaml")
 SURFACE = {
     "up": ["--address", "--model", "--port", "spec"],
     "status": ["--json", "--url"],
+    "explain": ["--json", "--url", "request"],
     "replay": [
         "--cancel-share", "--goodput", "--json", "--limit", "--max-model-len", "--max-output", "--model",
         "--rate", "--seed", "--speedup", "--timeout", "--url", "trace",

@@ -23,6 +23,7 @@ import zmq.asyncio
 
 from cluster import vllm_api, wire
 from cluster.handle import KvHandle, handle_of, keep_for_reader
+from cluster.prefix_hash import chain_hashes
 from cluster.vllm_engine import VLLM_ENGINE_NAME
 from deploy.tiny_model_torch import build_tiny_model
 from tests.hybrid_model_torch import WINDOW, build_hybrid_model
@@ -44,6 +45,7 @@ class Process:
     socket: zmq.asyncio.Socket
     calls: int = 0
     loads: list[wire.Load] = field(default_factory=list)
+    cached: set[int] = field(default_factory=set)
     results: dict[int, Any] = field(default_factory=dict)
 
     async def post(self, *frames: Any) -> None:
@@ -55,6 +57,10 @@ class Process:
         if kind == wire.OUTPUTS:
             self.loads.append(msgspec.msgpack.decode(frames[0], type=wire.Load))
             return list(vllm_api.MsgpackDecoder(vllm_api.EngineCoreOutputs).decode(frames[1:]).outputs)
+        if kind == wire.BLOCKS:
+            changes = msgspec.msgpack.decode(frames[0], type=wire.Blocks)
+            kept = set() if changes.cleared else self.cached.difference(changes.removed)
+            self.cached = kept.union(changes.stored)
         if kind == wire.RESULT:
             result = msgspec.msgpack.decode(frames[0], type=wire.CallResult)
             self.results[result.call_id] = result
@@ -63,7 +69,12 @@ class Process:
         return []
 
     async def generate(
-        self, request_id: str, prompt: list[int], max_tokens: int, kv: dict[str, Any] | None = None
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        kv: dict[str, Any] | None = None,
+        salt: str | None = None,
     ) -> tuple[list[int], KvHandle | None, Any]:
         """Greedy tokens, the handle and the prefill statistics of one request."""
         request = vllm_api.EngineCoreRequest(
@@ -72,7 +83,7 @@ class Process:
                 temperature=0, max_tokens=max_tokens, ignore_eos=True,
                 extra_args={"kv_transfer_params": kv} if kv else None,
             ),
-            pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=None,
+            pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=salt,
             data_parallel_rank=None,
         )  # fmt: skip
         await self.post(wire.ADD, request_id.encode(), *vllm_api.MsgpackEncoder().encode(request))
@@ -86,6 +97,12 @@ class Process:
                 stats = output.prefill_stats or stats
                 if output.finish_reason is not None:
                     return tokens, handle_of(output.kv_transfer_params), stats
+
+    async def until_cached(self, names: list[int], expected: bool) -> None:
+        """Wait until all of these blocks are known to be there, or none is."""
+        async with asyncio.timeout(10):
+            while [name in self.cached for name in names] != [expected] * len(names):
+                await self.step()
 
     async def call(self, method: str, *args: Any) -> Any:
         self.calls += 1
@@ -114,7 +131,7 @@ async def start(model: Path, role: str, engine_process: str, core: int, context:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(ready["address"])
-    hello = wire.Hello(wire_version=wire.WIRE_VERSION, engine=VLLM_ENGINE_NAME, ingress="test")
+    hello = wire.Hello(wire.WIRE_VERSION, VLLM_ENGINE_NAME, "test", wants_blocks=True)
     await socket.send_multipart([wire.HELLO, wire.pack(hello)])
     assert (await socket.recv_multipart())[0] == wire.WELCOME
     return Process(process=process, facts=ready["facts"], pid=ready["pid"], socket=socket)
@@ -182,6 +199,34 @@ async def check_part_of_the_prompt_cached(prefill: Process, decode: Process) -> 
     assert first + rest == whole
     assert stats.num_local_cached_tokens == 3 * BLOCK
     assert stats.num_external_cached_tokens == 200
+
+
+async def check_cached_blocks_are_told(prefill: Process, decode: Process) -> None:
+    """What is stored, read from elsewhere, evicted and cleared, in names that follow from the tokens."""
+    rng = random.Random(3)
+    prompt = [rng.randrange(100, 4000) for _ in range(3 * BLOCK + 10)]
+    names = list(chain_hashes(prompt, BLOCK))
+    assert len(names) == 3
+    _, handle, _ = await prefill.generate("told-p", prompt, 1, keep_for_reader())
+    assert handle is not None
+    await prefill.until_cached(names, True)
+    await decode.generate("told-d", [*prompt, 5], 2, dict(handle.params))
+    await decode.until_cached(names, True)
+    # Tokens with a salt are other blocks, and nobody finds them by tokens.
+    before = len(prefill.cached)
+    salted = [rng.randrange(100, 4000) for _ in range(3 * BLOCK)]
+    await prefill.generate("told-salted", salted, 1, salt="a client's own")
+    assert await decode.call("reset_prefix_cache")
+    await decode.generate("told-again", [5] * (BLOCK + 1), 1)  # vLLM tells of it with the next iteration
+    await decode.until_cached(names, False)
+    await decode.until_cached(list(chain_hashes([5] * BLOCK, BLOCK)), True)
+    assert len(decode.cached) == 1
+    for number in range(20):  # more than the cache holds
+        others = [rng.randrange(100, 4000) for _ in range(15 * BLOCK)]
+        await prefill.generate(f"told-{number}", others, 1)
+    await prefill.until_cached(names, False)
+    assert not prefill.cached.intersection(chain_hashes(salted, BLOCK))
+    assert before <= len(prefill.cached) <= prefill.facts["kv_capacity_tokens"] // BLOCK
 
 
 async def check_refusal(decode: Process) -> None:
@@ -266,6 +311,7 @@ async def test_a_pair_of_engines(model: Path, engine_process: str) -> None:
         await check_hand_off(prefill, decode)
         await check_part_of_the_prompt_cached(prefill, decode)
         await check_release(prefill)
+        await check_cached_blocks_are_told(prefill, decode)
         await check_mismatch(prefill, decode)
         if engine_process == "thread":
             await check_refusal(decode)

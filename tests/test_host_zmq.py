@@ -38,7 +38,7 @@ class Instance:
     """A host with a twin engine, serving in this loop."""
 
     def __init__(self, instance_id: str, index: int = 0) -> None:
-        self.engine = SimEngine.of(SPEC, Role.PREFILL)
+        self.engine = SimEngine.of(SPEC, Role.PREFILL, tells_blocks=True)
         self.host = EngineHost(
             self.engine, engine_name=SIM_ENGINE_NAME, instance_id=instance_id, incarnation="1"
         )
@@ -60,8 +60,14 @@ class Instance:
 class Ingress:
     """A router with a LinkKeeper; collects what its clients get."""
 
-    def __init__(self, name: str) -> None:
-        self.router = Router(LeastTokens(), DeadlineSpec(), self, IngressMetrics(CollectorRegistry()))
+    def __init__(self, name: str, *, with_prefixes: bool = False) -> None:
+        self.router = Router(
+            LeastTokens(),
+            DeadlineSpec(),
+            self,
+            IngressMetrics(CollectorRegistry()),
+            with_prefixes=with_prefixes,
+        )
         self.keeper = LinkKeeper(
             self.router,
             ingress=name,
@@ -126,6 +132,27 @@ async def test_requests_go_through_the_split() -> None:
         assert ingress.errors == {}
         assert all(tokens == expected_tokens(PROMPT, 10) for tokens in ingress.tokens.values())
         assert len(ingress.tokens) == 20
+
+
+async def test_an_ingress_learns_what_is_cached_where_also_when_it_comes_later() -> None:
+    asked = ServeRequest(request_id="next", prompt_token_ids=PROMPT, max_tokens=2)
+    salted = replace(asked, plain_prompt=False)
+    async with cluster("prefill-0", "decode-0") as (plain, instances):
+        one = Ingress("ingress-2", with_prefixes=True)
+        await one.reach(*instances.values())
+        one.submit("r", 40)
+        await until(lambda: not one.router.pending)
+        # 30 tokens, and all that a prompt has of them is a block of 16.
+        await until(lambda: one.router.fleet.cached(asked) == {"prefill-0": 16, "decode-0": 16})
+        two = Ingress("ingress-3", with_prefixes=True)
+        await two.reach(*instances.values())
+        await until(lambda: two.router.fleet.cached(asked) == {"prefill-0": 16, "decode-0": 16})
+        assert two.router.fleet.cached(salted) == {}
+        assert plain.router.fleet.cached(asked) == {}
+        await instances["prefill-0"].stop()
+        await until(lambda: one.router.fleet.cached(asked) == {"decode-0": 16})
+        await one.keeper.close()
+        await two.keeper.close()
 
 
 async def test_one_message_per_step_and_not_per_token() -> None:

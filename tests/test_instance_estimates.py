@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.decode_batch import DecodeBatch
-from router.prompt_queue import PromptQueue
+from router.prompt_queue import PromptPool, PromptQueue
 
 
 def test_the_first_to_come_is_the_first_to_be_served() -> None:
@@ -79,3 +79,30 @@ def test_a_batch_is_the_sum_of_its_requests() -> None:
     for name in ("a", "b", "c", "c"):
         batch.remove(name)
     assert (len(batch), batch.context_tokens, batch.peak_tokens, batch.bounds) == (0, 0, 0, {})
+
+
+def test_who_is_too_late_is_computed_last_and_delays_nobody() -> None:
+    queue = PromptQueue(by_deadline=True)
+    queue.add("late", 5.0, deadline_s=2.0, now_s=0.0)
+    queue.add("running", 2.0, deadline_s=3.0, now_s=0.0)
+    queue.add("next", 1.0, deadline_s=2.5, now_s=0.0)  # can't be made any more behind it
+    assert queue.wait_s(5.0, now_s=1.0) == pytest.approx(2.0)
+    queue.remove("next", 1.0, is_served=False)
+    assert queue.wait_s(5.0, now_s=1.0) == pytest.approx(1.0)
+    assert list(queue.behind(1.0, now_s=1.0)) == []
+
+
+def test_a_pool_has_the_prompts_of_all_its_queues() -> None:
+    pool = PromptPool()
+    one, other = PromptQueue(pool), PromptQueue(pool)
+    one.add("a", 1.0, 9.0, 0.0, bound_s=0.4)
+    one.add("b", 2.0, 9.0, 0.0, bound_s=20.0)
+    other.add("c", 4.0, 9.0, 0.0, bound_s=0.4)
+    assert (pool.bounds, pool.work_s) == ({0.4: 2, 20.0: 1}, 7.0)
+    one.remove("a", 1.0)
+    assert (pool.bounds, pool.work_s) == ({0.4: 1, 20.0: 1}, 6.0)
+    other.leave_pool()
+    other.remove("c", 1.0)
+    assert (pool.bounds, pool.work_s) == ({20.0: 1}, 2.0)
+    one.remove("b", 1.0)
+    assert (pool.bounds, pool.work_s) == ({}, 0.0)

@@ -7,16 +7,29 @@ from dataclasses import replace
 import pytest
 
 from cluster.instance import Role
+from cluster.prefix_hash import chain_hashes
 from cluster.request import Slo
-from router.peers import SPLITWISE_PENDING_TOKENS, Mooncake, PowerOfTwo, RoundRobin, SplitwiseJsq
+from cluster.wire import Blocks
+from router.peers import SPLITWISE_PENDING_TOKENS, PowerOfTwo, RoundRobin, SplitwiseJsq
+from router.predicting_peers import LlmdScorers, Mooncake
 from router.predictor import Predictor
-from router.view import InstanceView
+from router.prefix_index import Prefixes
+from router.prefix_peers import DynamoKv, PrefixAffinity
+from router.view import ClusterView, InstanceView
 from tests.test_goodput import LATENCY, decode, prefill, request, view_of
-from tests.twins import FACTS
+from tests.twins import FACTS, info_of
 
 
 def predictor() -> Predictor:
     return Predictor(dict.fromkeys(Role, LATENCY))
+
+
+def cached_on(view: ClusterView, instance_id: str, tokens: int) -> ClusterView:
+    """The view with so many leading tokens of `request()` in an instance's cache."""
+    prefixes = Prefixes()
+    names = chain_hashes(request().prompt_token_ids[:tokens], FACTS.fingerprint.block_size_tokens)
+    prefixes.changed(info_of(instance_id), Blocks(stored=list(names)))
+    return replace(view, prefixes=prefixes)
 
 
 def pending(view: InstanceView, tokens: int) -> InstanceView:
@@ -86,3 +99,68 @@ def test_mooncake_rejects_what_it_predicts_to_be_late(slo: Slo, chance: float) -
     predicted = Mooncake(predictor()).decide(request(slo), view, 0.0).predicted
     assert predicted is not None
     assert predicted.chance == chance
+
+
+def test_mooncake_counts_what_is_cached() -> None:
+    view = cached_on(view_of(prefill(0, 0.05), prefill(1), decode(0)), "prefill-0", 992)
+    decision = Mooncake(predictor()).decide(request(), view, 0.0)
+    assert decision.prefill == "prefill-0"
+    assert decision.predicted is not None
+    assert decision.predicted.cached_tokens == 992
+    assert decision.predicted.ttft_s == pytest.approx(0.05 + 0.0108)
+
+
+def test_prefix_affinity_takes_the_longest_match_that_is_not_overloaded() -> None:
+    instances = [prefill(index) for index in range(8)]
+    view = cached_on(view_of(*instances, decode(0)), "prefill-5", 160)
+    assert PrefixAffinity().decide(request(), view, 0.0).prefill == "prefill-5"
+    instances[5].outstanding_requests = 9  # more than two standard deviations above the mean
+    assert PrefixAffinity().decide(request(), view, 0.0).prefill == "prefill-0"
+    for instance in instances:
+        instance.outstanding_requests = 9
+    assert PrefixAffinity().decide(request(), view, 0.0).prefill == "prefill-5"
+    instances[3].outstanding_requests = 26  # out of balance
+    instances[2].outstanding_requests = 8
+    assert PrefixAffinity().decide(request(), view, 0.0).prefill == "prefill-2"
+
+
+def test_dynamo_counts_the_tokens_to_prefill_and_the_decoding_ones() -> None:
+    first, second = pending(prefill(0), 900), pending(prefill(1), 500)
+    view = cached_on(view_of(first, second, decode(0, 3), decode(1, 2)), "prefill-0", 480)
+    decision = DynamoKv(predictor()).decide(request(), view, 0.0)
+    assert (decision.prefill, decision.decode) == ("prefill-0", "decode-1")
+    assert decision.predicted is not None
+    assert decision.predicted.cached_tokens == 480
+    view = cached_on(view, "prefill-0", 320)
+    assert DynamoKv(predictor()).decide(request(), view, 0.0).prefill == "prefill-1"
+
+
+def test_llmd_draws_the_tightest_that_keeps_the_bound_most_often() -> None:
+    # 0.11 s alone, bound 0.5 s: room of 0.39, 0.09 and none.
+    view = view_of(prefill(0), prefill(1, 0.3), prefill(2, 0.6), decode(0))
+    policy, slo = LlmdScorers(predictor()), Slo(ttft_s=0.5, tpot_s=1.0)
+    names = [f"r{number}" for number in range(1000)]
+    taken = [policy.decide(request(slo, name=name), view, 0.0).prefill for name in names]
+    assert taken.count("prefill-2") == pytest.approx(10, abs=9)
+    # Weights of 1 and 77.15.
+    assert taken.count("prefill-0") == pytest.approx(990 / 78.15, abs=10)
+
+
+def test_llmd_takes_the_nearest_miss_and_sheds_low_priority() -> None:
+    view = view_of(prefill(0, 0.7), prefill(1, 0.6), decode(0, 3, tpot_s=0.012), decode(1, 5))
+    policy, slo = LlmdScorers(predictor()), Slo(ttft_s=0.5, tpot_s=0.016)
+    decision = policy.decide(request(slo), view, 0.0)
+    # With it, decode-0 takes 14 ms; those that are there need 12.
+    assert (decision.prefill, decision.decode) == ("prefill-1", "decode-1")
+    assert decision.predicted is not None
+    assert decision.predicted.chance == 1.0
+    decision = policy.decide(replace(request(slo), priority=1), view, 0.0)
+    assert decision.predicted is not None
+    assert decision.predicted.chance == 0.0
+
+
+def test_llmd_without_bounds_draws_evenly() -> None:
+    view = view_of(prefill(0), prefill(1, 0.3), decode(0))
+    names = [f"r{number}" for number in range(400)]
+    taken = [LlmdScorers(predictor()).decide(request(name=name), view, 0.0).prefill for name in names]
+    assert taken.count("prefill-0") == pytest.approx(200, abs=50)

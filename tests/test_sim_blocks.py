@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.block_names import BlockChanges
 from cluster.sim_blocks import BlockPool, BlockTable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,8 +86,11 @@ operations = st.lists(
 @given(operations, st.integers(4, 24))
 def test_the_pool_does_as_the_oracle(asked: list[tuple[str, object]], blocks: int) -> None:
     """1: in use is what tables hold. 2: found are the leading blocks that the oracle knows. 3: evicted is who
-    was released first, of a prompt its last blocks first."""
+    was released first, of a prompt its last blocks first. 4: whoever is told the changes knows what can be
+    found."""
     pool, oracle, live = BlockPool(blocks, BLOCK, caching=True), Oracle(), []
+    pool.changes = BlockChanges()
+    told: set[int] = set()
     for what, facts in asked:
         if what == "begin":
             assert isinstance(facts, list)
@@ -127,6 +131,11 @@ def test_the_pool_does_as_the_oracle(asked: list[tuple[str, object]], blocks: in
         check(pool, live)
         for table in live:
             assert set(table.shared) <= oracle.known
+        changes = pool.changes.take()
+        assert not set(changes.removed) - told
+        told = told.difference(changes.removed).union(changes.stored)
+        # Copies have names of their own, from -1 down, by which nobody finds them.
+        assert told == {block for block in oracle.known if not -1000 < block < 0}
     for table in live:
         pool.release(table)
     assert pool.used == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from cluster.latency import ConstantLatency
 from cluster.sim_options import TwinOptions
 from cluster.sim_scheduler import Scheduler, Sequence
+from cluster.wire import DUE_PARAM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -58,7 +60,6 @@ class Theirs:
         from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
         from vllm.utils.hashing import sha256
         from vllm.v1.core import kv_cache_utils
-        from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
 
@@ -86,7 +87,7 @@ class Theirs:
         )
         kv_cache_utils.init_none_hash(sha256)
         self._hasher = kv_cache_utils.get_request_block_hasher(BLOCK, sha256) if case.caching else None
-        self.scheduler = VllmScheduler(
+        self.scheduler = self.scheduler_class()(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(
                 num_blocks=case.blocks + 1, kv_cache_tensors=[], kv_cache_groups=[group]
@@ -96,7 +97,13 @@ class Theirs:
         )
         self._generated: dict[str, int] = {}
 
-    def add(self, request_id: str, prompt: list[int], limit: int) -> None:
+    @staticmethod
+    def scheduler_class() -> Any:
+        from vllm.v1.core.sched.scheduler import Scheduler as VllmScheduler
+
+        return VllmScheduler
+
+    def add(self, request_id: str, prompt: list[int], limit: int, due_in_s: float = math.inf) -> None:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -105,7 +112,11 @@ class Theirs:
             Request(
                 request_id=request_id,
                 prompt_token_ids=prompt,
-                sampling_params=SamplingParams(max_tokens=limit, ignore_eos=True),
+                sampling_params=SamplingParams(
+                    max_tokens=limit,
+                    ignore_eos=True,
+                    extra_args=None if due_in_s == math.inf else {DUE_PARAM: due_in_s},
+                ),
                 pooling_params=None,
                 block_hasher=self._hasher,
             )
@@ -138,7 +149,8 @@ class Theirs:
     def _sample(self, request_id: str) -> list[int]:
         self._generated[request_id] += 1
         # Nobody's prompt, nobody else's output.
-        return [50_000 + 100 * int(request_id) + self._generated[request_id]]
+        number = list(self._generated).index(request_id)
+        return [50_000 + 100 * number + self._generated[request_id]]
 
 
 class Ours:

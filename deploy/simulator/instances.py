@@ -14,7 +14,7 @@ from cluster.latency import Batch, LatencyProfile, Levels, ProfiledLatency
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
-from cluster.wire import DUE_PARAM, TokenOutput, TokenRequest
+from cluster.wire import DUE_PARAM, Blocks, TokenOutput, TokenRequest
 from cluster.worker import Ready
 from decode_worker.phase import phase_options as decode_options
 from deploy.simulator.network import SimNetwork
@@ -88,6 +88,7 @@ class SimLife:
             on_busy=cluster.on_busy(info.role),
             quiet_s=QUIET_S,
             order=prompt_order(cluster.spec, options.latency) if info.role is Role.PREFILL else None,
+            tells_blocks=cluster.router.wants_blocks,
         )
         self.load = InstanceLoad()
         profile = _profile(options)
@@ -206,11 +207,18 @@ class SimLife:
             step = await self.engine.outputs()
             load = self.engine.load()
             seen = InstanceLoad(running=load.running, waiting=load.waiting, kv_usage=load.kv_usage)
+            changes = self.engine.take_block_changes()
             if delay_s:
-                loop.call_later(delay_s, setattr, self, "load", seen)
+                loop.call_later(delay_s, self._tell, seen, changes)
             else:
-                self.load = seen
+                self._tell(seen, changes)
             self._cluster.deliver(self._instance_id, step.outputs)
+
+    def _tell(self, load: InstanceLoad, changes: Blocks | None) -> None:
+        """What the router gets to know of it beside its outputs."""
+        self.load = load
+        if changes is not None and not self._dead:
+            self._cluster.router.fleet.blocks_changed(self._instance_id, changes)
 
 
 def _profile(options: TwinOptions) -> LatencyProfile | None:

@@ -30,7 +30,7 @@ from deploy.simulator.scenario import QUIET, Cut, Kill, Scenario, Slow
 from deploy.slo_classes import SloClass
 from deploy.virtual_time import VirtualTimeLoop, run_virtual
 from deploy.workload import WorkloadRequest, fast_prompt_tokens
-from router.policies import make_policy
+from router.policies import PREFIX_AWARE, make_policy
 from router.policy import Policy
 from router.predictor import Predictor
 from router.router import Router
@@ -64,6 +64,7 @@ class Simulation:
         with_spans: bool = False,
         on_progress: Callable[[float, int], None] | None = None,
         policy: Policy | None = None,
+        wrap: Callable[[Policy], Policy] = lambda policy: policy,
     ) -> None:
         """
         Args:
@@ -72,6 +73,7 @@ class Simulation:
             with_spans: whether to keep every iteration, for pictures.
             on_progress: told the virtual time and the requests that have ended, now and then.
             policy: instead of the spec's; it is asked about request `r<index>`.
+            wrap: what is to be done to the policy, for those who look into its decisions.
 
         Raises:
             SpecError: the spec can't be simulated.
@@ -88,12 +90,14 @@ class Simulation:
         self._instances = SimInstances(self._spec, scenario, self._journal, self._deliver)
         predictor = Predictor(self._instances.latency)
         self._router = Router(
-            policy or make_policy(spec.policy, predictor),
+            wrap(policy or make_policy(spec.policy, predictor)),
             spec.deadlines,
             self._journal,
             IngressMetrics(CollectorRegistry()),
             predictor,
             by_deadline=spec.prefill_order == "deadline",
+            with_prefixes=spec.policy in PREFIX_AWARE,
+            tenant_weights=spec.slo.tenant_weights,
         )
         self._instances.router = self._router
         self._journal.on_end = lambda name: self._instances.block_hashes.pop(name, None)

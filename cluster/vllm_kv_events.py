@@ -1,0 +1,105 @@
+"""What vLLM's prefix cache stores and evicts, as the changes that routers are told of.
+
+vLLM publishes its KV events on a ZeroMQ socket, numbered, and drops what a slow subscriber can't take. A gap
+is noticed by the numbers: then nothing that was known is sure any more, and all of it is forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from cluster import vllm_api
+from cluster.block_names import BlockChanges, BlockNames
+from cluster.wire import Blocks
+
+logger = logging.getLogger(__name__)
+
+# Blocks that leave a sliding window say nothing of those that the other layers keep.
+_WHOLE_PROMPT_KINDS = (None, "full_attention", "sink_full_attention", "mla_attention")
+
+
+class VllmKvEvents:
+    """Subscribes to one engine's events.
+
+    Attributes:
+        config: vLLM's `KVEventsConfig` of the engine: where it shall publish them.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        """
+        Args:
+            options: of the engine. If others shall have its events too, they name where; we listen there.
+        """
+        self._directory = tempfile.TemporaryDirectory(prefix="pdserve-kv-", ignore_cleanup_errors=True)
+        ours = {"enable_kv_cache_events": True, "endpoint": f"ipc://{Path(self._directory.name) / 'events'}"}
+        self.config = vllm_api.KVEventsConfig(**(options.get("kv_events_config") or ours))
+        self._decoder = msgspec.msgpack.Decoder(vllm_api.KVEventBatch)
+        self._names = BlockNames()
+        self._changes = BlockChanges()
+        self._next = 0
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.SUB)
+
+    def open(self) -> None:
+        """Subscribe. The engine may begin later."""
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.subscribe(self.config.topic)
+        self._socket.connect(self.config.endpoint.replace("*", "127.0.0.1"))
+
+    async def changes(self) -> Blocks:
+        """The next changes, as many as have come."""
+        while not self._changes:
+            self._take(await self._socket.recv_multipart())
+        while await self._socket.poll(0):
+            self._take(await self._socket.recv_multipart())
+        return self._changes.take()
+
+    def close(self) -> None:
+        """Leave, and remove what was made."""
+        self._context.destroy(linger=0)
+        self._directory.cleanup()
+
+    def _take(self, frames: list[bytes]) -> None:
+        _, number, payload = frames
+        found = int.from_bytes(number, "big")
+        if found != self._next:
+            logger.warning("lost %d batches of KV events: the prefix index begins anew", found - self._next)
+            self._clear()
+        self._next = found + 1
+        for event in self._decoder.decode(payload).events:
+            self._apply(event)
+
+    def _apply(self, event: Any) -> None:
+        kind = type(event).__name__
+        if kind == "AllBlocksCleared":
+            self._clear()
+        elif event.medium not in (None, "GPU"):  # vLLM's word for the engine's own memory, on a CPU too
+            return
+        elif kind == "BlockRemoved":
+            self._changes.removed(self._names.removed(_keys(event)))
+        elif event.kv_cache_spec_kind in _WHOLE_PROMPT_KINDS and not _follows_from_more(event):
+            before = event.parent_block_hash
+            key_before = None if before is None else (event.group_idx, before)
+            stored = self._names.stored(_keys(event), key_before, event.token_ids, event.block_size)
+            self._changes.stored(stored)
+
+    def _clear(self) -> None:
+        self._names.clear()
+        self._changes.clear()
+
+
+def _keys(event: Any) -> list[tuple[int | None, Any]]:
+    return [(event.group_idx, name) for name in event.block_hashes]
+
+
+def _follows_from_more(event: Any) -> bool:
+    """Whether its blocks' KV follows from more than their tokens."""
+    return event.lora_name is not None or any(event.extra_keys or ())

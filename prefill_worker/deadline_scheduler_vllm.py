@@ -1,0 +1,125 @@
+"""S-EDF in vLLM: its scheduler, with prompts in the order of `deadline_order`, between any two iterations.
+
+vLLM schedules what runs before what waits, so a long prompt under way would go first whatever waits. Prompts
+that shall give way are therefore taken out of `running` while an iteration is decided, and put back; their KV
+blocks stay theirs. This is preemption at a chunk's end (FlowPrefill, arXiv 2602.16603, has it at operators).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from typing import Any
+
+from cluster import vllm_api
+from cluster.learned_latency import LearnedLatency
+from cluster.wire import DUE_PARAM
+from prefill_worker.deadline_order import DeadlineOrder
+
+_Scheduler: Any = vllm_api.Scheduler
+_AsyncScheduler: Any = vllm_api.AsyncScheduler
+
+
+class _ByDeadline:
+    """What is added to either of vLLM's schedulers."""
+
+    # vLLM's, used here.
+    running: list[Any]
+    waiting: Any
+    requests: dict[str, Any]
+    max_num_active_reqs: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._speed = LearnedLatency()
+        self._order = DeadlineOrder(self._speed)
+        self._due_s: dict[str, float] = {}
+        self._got_stuck = False
+        # Iterations that were decided and have not ended: (what, prompt tokens, when), the oldest first.
+        self._under_way: deque[tuple[Any, int, float]] = deque()
+        self._last_end_s = 0.0
+
+    def add_request(self, request: Any) -> None:
+        extra = request.sampling_params.extra_args if request.sampling_params is not None else None
+        if extra and DUE_PARAM in extra:
+            self._due_s[request.request_id] = time.monotonic() + extra[DUE_PARAM]
+        super().add_request(request)  # type: ignore[misc]
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        now_s = time.monotonic()
+        late, hidden = self._give_way(now_s) if self._due_s else ([], [])
+        # They hold their places in the batch.
+        self.max_num_active_reqs -= len(late)
+        try:
+            output = super().schedule(throttle_prefills)  # type: ignore[misc]
+        finally:
+            self.max_num_active_reqs += len(late)
+            self.running.extend(late)
+            self.waiting.extend(hidden)
+        # What was to go first may find no memory, and those who gave way have it.
+        self._got_stuck = bool(late) and not output.total_num_scheduled_tokens
+        self._under_way.append((output, self._prompt_tokens(output), now_s))
+        return output
+
+    def update_from_output(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        now_s = time.monotonic()
+        while self._under_way:
+            output, tokens, decided_s = self._under_way.popleft()
+            if output is scheduled:
+                if tokens:
+                    self._speed.prefilled(tokens, now_s - max(decided_s, self._last_end_s))
+                break
+        self._last_end_s = now_s
+        return super().update_from_output(scheduled, *args, **kwargs)  # type: ignore[misc]
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._due_s.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _give_way(self, now_s: float) -> tuple[list[Any], list[Any]]:
+        """Order prompts by rank; take out running ones that rank behind one that waits, and waiting ones
+        that rank behind those. Returns both."""
+        waiting = self.waiting
+        if not isinstance(waiting, deque):  # vLLM's own order by priority was asked for
+            return [], []
+        if len(waiting) > 1:
+            ordered = sorted(waiting, key=lambda request: self._rank(request, now_s))
+            waiting.clear()
+            waiting.extend(ordered)
+        prompts = [request for request in self.running if request.is_prefill_chunk]
+        if not prompts:
+            return [], []
+        prompts.sort(key=lambda request: self._rank(request, now_s))
+        late: list[Any] = []
+        if waiting and not self._got_stuck:
+            first = self._rank(waiting[0], now_s)
+            late = [request for request in prompts if self._rank(request, now_s) > first]
+        going = prompts[: len(prompts) - len(late)]
+        self.running[:] = [request for request in self.running if not request.is_prefill_chunk] + going
+        hidden: list[Any] = []
+        if late:
+            limit = self._rank(late[0], now_s)
+            while waiting and not self._rank(waiting[-1], now_s) < limit:
+                hidden.append(waiting.pop())
+        return late, hidden[::-1]
+
+    def _rank(self, request: Any, now_s: float) -> tuple[bool, float]:
+        left = request.num_tokens - request.num_computed_tokens
+        due_s = self._due_s.get(request.request_id, math.inf)
+        return self._order.rank(left, request.num_computed_tokens, due_s, now_s)
+
+    def _prompt_tokens(self, output: Any) -> int:
+        """Tokens of an iteration that computes prompts only; 0 for any other."""
+        for name, tokens in output.num_scheduled_tokens.items():
+            if tokens == 1 and not self.requests[name].is_prefill_chunk:
+                return 0
+        return int(output.total_num_scheduled_tokens)
+
+
+class DeadlineScheduler(_ByDeadline, _Scheduler):  # type: ignore[misc]
+    """In place of vLLM's `Scheduler`."""
+
+
+class AsyncDeadlineScheduler(_ByDeadline, _AsyncScheduler):  # type: ignore[misc]
+    """In place of vLLM's `AsyncScheduler`, which decides the next iteration while one runs."""

@@ -101,7 +101,8 @@ def grid(limits: Limits) -> list[Point]:
     half = max(1, limits.max_requests // 2)
     points += [
         Point("mixed", requests, tokens, beside)
-        for requests in sorted({1, min(4, half), half})
+        # Large ones too: what is beyond the last counts as if it were the last. The largest has no room.
+        for requests in sorted({1, min(4, half), half, max(1, limits.max_requests * 3 // 4)})
         for tokens in (min(128, limits.max_prompt),)
         for beside in sorted({min(64, limits.max_prompt), min(512, limits.max_prompt)})
         if limits.fits(requests + 1, max(tokens, beside))

@@ -1,9 +1,12 @@
-"""What a decision costs: microseconds of each policy in clusters of two sizes (Markdown).
+"""What a decision costs: microseconds of each policy in clusters of two sizes, and bytes of the prefix index
+(Markdown).
 
 python -m benchmarks.decision_cost
+python -m benchmarks.decision_cost --blocks 1000000
 
-Instances that have prompts and decodes of three classes; prompts of 16k tokens. Policies take turns, so that
-a neighbour on the machine disturbs all alike.
+Instances that have prompts and decodes of three classes; prompts of up to 16k tokens, of which every other
+one is cached somewhere, up to the whole. Policies take turns, so that a neighbour on the machine disturbs all
+alike.
 """
 
 from __future__ import annotations
@@ -11,14 +14,19 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from pathlib import Path
 from random import Random
+from resource import getpagesize
 
 from benchmarks.policies import MIXED, spec_of
 from cluster.instance import EngineFacts, Fingerprint, InstanceInfo, InstanceLoad, InstanceState, Role
+from cluster.prefix_hash import chain_hashes
 from cluster.request import ServeRequest
+from cluster.wire import Blocks
 from router.fleet import Fleet
 from router.policies import POLICIES, latency_of, make_policy
 from router.predictor import Predictor
+from router.prefix_index import PrefixIndex
 from router.view import LastSeen
 
 SIZES = (32, 512)
@@ -35,7 +43,7 @@ def loaded_fleet(count: int, rng: Random) -> Fleet[LastSeen]:
         kv_bytes_per_token=1,
         max_num_seqs=1024,
     )
-    fleet: Fleet[LastSeen] = Fleet(by_deadline=True)
+    fleet: Fleet[LastSeen] = Fleet(by_deadline=True, with_prefixes=True)
     for role in Role:
         for number in range(count):
             name = f"{role}-{number}"
@@ -45,7 +53,9 @@ def loaded_fleet(count: int, rng: Random) -> Fleet[LastSeen]:
             view = fleet.view_of(name)
             assert view is not None
             for prompt in range(rng.randrange(4) if role is Role.PREFILL else 0):
-                view.prompts.add(f"p{prompt}", rng.uniform(0.05, 0.4), rng.uniform(0.3, 9.0), 0.0)
+                bound_s = rng.choice(MIXED).slo.ttft_s
+                due_s = rng.uniform(0.3, 1.0) * bound_s
+                view.prompts.add(f"p{prompt}", rng.uniform(0.05, 0.4), due_s, 0.0, bound_s=bound_s)
             for decode in range(rng.randrange(20, 60) if role is Role.DECODE else 0):
                 slo = rng.choice(MIXED).slo
                 view.decodes.add(f"d{decode}", rng.randrange(100, 4000), rng.randrange(20, 500), slo.tpot_s)
@@ -60,12 +70,16 @@ def measure(count: int, decisions: int) -> dict[str, list[float]]:
     policies = {name: make_policy(name, Predictor(latency)) for name in POLICIES if name != "unsplit"}
     took: dict[str, list[float]] = {name: [] for name in policies}
     tokens = [rng.randrange(100_000) for _ in range(PROMPT_TOKENS)]
+    block_size = 16
     for number in range(decisions):
+        length = rng.randrange(PROMPT_TOKENS // 2, PROMPT_TOKENS)
+        prompt = [rng.randrange(100_000), *tokens[1:length]]
+        if number % 2:
+            cached = list(chain_hashes(prompt[: rng.randrange(length)], block_size))
+            for _ in range(rng.randrange(1, 4)):
+                fleet.blocks_changed(f"prefill-{rng.randrange(count)}", Blocks(stored=cached))
         request = ServeRequest(
-            request_id=f"r{number}",
-            prompt_token_ids=tokens[: rng.randrange(PROMPT_TOKENS // 2, PROMPT_TOKENS)],
-            max_tokens=500,
-            slo=rng.choice(MIXED).slo,
+            request_id=f"r{number}", prompt_token_ids=prompt, max_tokens=500, slo=rng.choice(MIXED).slo
         )
         for name, policy in policies.items():
             began_s = time.perf_counter()
@@ -74,11 +88,32 @@ def measure(count: int, decisions: int) -> dict[str, list[float]]:
     return took
 
 
+def index_bytes(blocks: int, instances: int = 64) -> tuple[int, int]:
+    """Memory of an index of so many blocks, a tenth of which two instances have, and how many it has."""
+    rng = Random(0)
+    before = _resident_bytes()
+    index = PrefixIndex(16)
+    each = blocks // instances
+    last: list[int] = []
+    for number in range(instances):
+        names = [rng.getrandbits(62) for _ in range(each)]
+        index.stored(f"prefill-{number}", names)
+        index.stored(f"prefill-{number}", last)
+        last = names[: each // 10]
+        del names
+    return _resident_bytes() - before, len(index)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--decisions", type=int, default=DECISIONS)
+    parser.add_argument("--blocks", type=int, default=10_000_000, help="in the index")
     args = parser.parse_args()
     print("| instances of each role | policy | p50 (us) | p99 (us) |\n|---|---|---|---|")
     for count in SIZES:
@@ -86,6 +121,8 @@ def main() -> None:
             ordered = sorted(seconds)
             p50, p99 = (ordered[math.ceil(share * len(ordered)) - 1] * 1e6 for share in (0.5, 0.99))
             print(f"| {count} | {name} | {p50:.0f} | {p99:.0f} |", flush=True)
+    used, blocks = index_bytes(args.blocks)
+    print(f"\nIndex of {blocks:,} blocks: {used / 2**20:,.0f} MiB, {used / blocks:.0f} bytes a block.")
 
 
 if __name__ == "__main__":

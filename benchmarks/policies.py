@@ -36,8 +36,11 @@ TOLERANCE = 0.02
 # Enough that the run is long beside an answer, few enough for a search in half a minute.
 REQUESTS_PER_GPU = 60
 CONVERSATION = TRACES / "azure2023" / "AzureLLMInferenceTrace_conv.csv.gz"
+MOONCAKE = TRACES / "mooncake" / "conversation_trace_first6000.jsonl.gz"
 CODE = TRACES / "azure2023" / "AzureLLMInferenceTrace_code.csv.gz"
 USUAL = (SloClass(name="all", slo=Slo(ttft_s=1.0, tpot_s=0.04), share=1.0),)
+# The paper's conversations are long, and so were its bounds.
+LONG = (SloClass(name="all", slo=Slo(ttft_s=10.0, tpot_s=0.1), share=1.0),)
 MIXED = (
     SloClass(name="interactive", slo=Slo(ttft_s=0.4, tpot_s=0.025), share=0.3),
     SloClass(name="usual", slo=Slo(ttft_s=2.0, tpot_s=0.06), share=0.4),
@@ -47,23 +50,27 @@ MIXED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """A trace and its classes; `start_rps` is a rate per GPU at which the search begins."""
+    """A trace and its classes; `start_rps` is a rate per GPU at which the search begins, and
+    `max_model_len` the longest of its requests that are served."""
 
     path: Path
     classes: tuple[SloClass, ...]
     start_rps: float
+    max_model_len: int = 16_384
 
 
 TRAFFIC = {
     "conversation": Traffic(path=CONVERSATION, classes=USUAL, start_rps=0.4),
     "code": Traffic(path=CODE, classes=USUAL, start_rps=0.2),
     "mixed": Traffic(path=CONVERSATION, classes=MIXED, start_rps=0.3),
+    "mooncake": Traffic(path=MOONCAKE, classes=LONG, start_rps=0.1, max_model_len=131_072),
 }
 
 
-def spec_of(gpus: int, policy: str, order: str = "arrival") -> ClusterSpec:
+def spec_of(gpus: int, policy: str, order: str = "arrival", max_model_len: int = 16_384) -> ClusterSpec:
     """Half of the GPUs for each phase."""
-    spec = load_spec(SPEC, {"policy": policy, "prefill_order": order})
+    options = {"max_model_len": max_model_len}
+    spec = load_spec(SPEC, {"policy": policy, "prefill_order": order, "engine_options": options})
     pools = {
         role: getattr(spec, role).model_copy(update={"count": gpus // 2 // spec.prefill.ranks})
         for role in ("prefill", "decode")
@@ -82,7 +89,7 @@ def requests_of(traffic: Traffic, gpus: int, seed: int) -> tuple[list[WorkloadRe
     count = REQUESTS_PER_GPU * gpus
     whole = trace(traffic.path)
     first = rng.randrange(max(1, len(whole) - count))
-    longest = spec_of(gpus, "least_tokens").engine_options["max_model_len"]
+    longest = traffic.max_model_len
     part = [r for r in whole[first : first + count] if r.input_tokens + r.output_tokens <= longest]
     return from_zero(part), assign_slo_classes(part, traffic.classes, Random(f"{seed}/classes"))
 
@@ -95,7 +102,7 @@ def attainment(spec: ClusterSpec, requests: Sequence[WorkloadRequest], classes: 
 def goodput(name: str, traffic: Traffic, gpus: int, seed: int, order: str) -> float:
     """Requests/s and GPU."""
     requests, classes = requests_of(traffic, gpus, seed)
-    spec = spec_of(gpus, name, order)
+    spec = spec_of(gpus, name, order, traffic.max_model_len)
     found = find_goodput(
         lambda rate: attainment(spec, rescale(requests, rate_rps=rate), classes),
         target=TARGET,

@@ -10,7 +10,7 @@ import ray
 from cluster.errors import ServingError
 from cluster.instance import Role
 from cluster.spec import ClusterSpec
-from cluster.worker import OrderFor, Ready, Worker
+from cluster.worker import Ready, TwinParts, Worker
 
 
 class WorkerShell:
@@ -19,7 +19,7 @@ class WorkerShell:
     Args:
         controller: the controller's actor handle, told every phase of the start.
         cores: CPU cores of the ranks, in vLLM's notation; CPU clusters only.
-        prompt_order: see `Worker`.
+        twin_parts: see `Worker`.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class WorkerShell:
         incarnation: str,
         cores: str,
         controller: Any,
-        prompt_order: OrderFor | None = None,
+        twin_parts: TwinParts | None = None,
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         self._worker = Worker(
@@ -44,7 +44,7 @@ class WorkerShell:
             cores=cores,
             phase_options=phase_options,
             on_phase=lambda phase: controller.progress.remote(instance_id, incarnation, phase),
-            prompt_order=prompt_order,
+            twin_parts=twin_parts,
         )
 
     async def start(self) -> Ready:

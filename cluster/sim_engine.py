@@ -26,7 +26,7 @@ from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint, Role
 from cluster.latency import EMPTY_BATCH, Batch, Levels, level_at
 from cluster.sim_options import TwinOptions, twin_options
-from cluster.sim_scheduler import Chunk, PromptOrder, Scheduler, Sequence, Step
+from cluster.sim_scheduler import Chunk, MemoryGate, PromptOrder, Scheduler, Sequence, Step
 from cluster.spec import ClusterSpec
 from cluster.wire import DUE_PARAM, Blocks, Load, PrefillCounts, StepOutputs, TokenOutput, TokenRequest
 
@@ -152,6 +152,7 @@ class SimEngine:
         on_busy: Callable[[bool], None] | None = None,
         quiet_s: float = 0.0,
         order: PromptOrder | None = None,
+        gate: MemoryGate | None = None,
         tells_blocks: bool = False,
     ) -> None:
         """
@@ -161,6 +162,7 @@ class SimEngine:
             quiet_s: how long a running request may go without news; 0 tells every token as it comes. More
                 lets many iterations pass as one event, and changes no time.
             order: in which prompts are computed; none is that of their arrival.
+            gate: who is let into the memory beside those that have blocks; none is who finds free ones.
             tells_blocks: whether somebody wants to know how its prefix cache changes.
         """
         self._options = options
@@ -171,7 +173,7 @@ class SimEngine:
         self._quiet_s = quiet_s
         self._is_busy = False
         self._contention: Levels = ()
-        self._scheduler = Scheduler(options, order)
+        self._scheduler = Scheduler(options, order, gate)
         self._block_changes = self._scheduler.pool.changes = BlockChanges() if tells_blocks else None
         self._block_waiter: asyncio.Future[None] | None = None
         self._flights: list[_Flight] = []

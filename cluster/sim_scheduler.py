@@ -104,6 +104,18 @@ class PromptOrder(Protocol):
         ...
 
 
+class MemoryGate(Protocol):
+    """Who is let into the KV memory, where free blocks are not enough to know."""
+
+    def ended(self, output_tokens: int) -> None:
+        """An answer has ended, complete."""
+        ...
+
+    def fits(self, holding: list[tuple[int, int, int]], capacity_tokens: int) -> bool:
+        """Whether these, of (tokens now, output tokens now, output tokens at most), will fit together."""
+        ...
+
+
 class Scheduler:
     """Requests and KV blocks of one engine.
 
@@ -116,9 +128,14 @@ class Scheduler:
         kept: ended requests whose blocks wait for a reader.
     """
 
-    def __init__(self, options: TwinOptions, order: PromptOrder | None = None) -> None:
+    def __init__(
+        self, options: TwinOptions, order: PromptOrder | None = None, gate: MemoryGate | None = None
+    ) -> None:
         self.options = options
         self._order = order
+        self._gate = gate
+        # Nothing was freed since the first that waits did not fit.
+        self._is_full = False
         self.pool = BlockPool(options.blocks, options.block_size, caching=options.prefix_caching)
         self.groups = [DecodeGroup(options.block_size) for _ in range(options.pipeline_stages)]
         self.waiting: deque[Sequence] = deque()
@@ -157,6 +174,7 @@ class Scheduler:
         if sequence is None:
             return None
         self._take_out(sequence)
+        self._is_full = False
         sequence.ended = True
         sequence.preempted += 1
         self.pool.release(sequence.table, sequence.computed)
@@ -168,6 +186,7 @@ class Scheduler:
         if sequence is None:
             return False
         self.pool.release(sequence.table, sequence.computed)
+        self._is_full = False
         return True
 
     def loaded(self, sequence: Sequence, *, arrived: bool) -> None:
@@ -347,6 +366,8 @@ class Scheduler:
             if not self.loaded_waiting and not most:
                 return
             sequence = self.loaded_waiting[0] if self.loaded_waiting else self.waiting[0]
+            if self._gate is not None and not self.loaded_waiting and not self._fits(sequence, self._gate):
+                return
             if sequence.remote is not None:
                 if not self._begin_loading(sequence):
                     return
@@ -374,6 +395,19 @@ class Scheduler:
             running += 1
             chunks.append(self._advance(sequence, tokens))
             budget -= tokens
+
+    def _fits(self, sequence: Sequence, gate: MemoryGate) -> bool:
+        """Whether the gate lets a request that waits in."""
+        if self._is_full:
+            return False
+        members = [member for group in self.groups for member in group.members.values()]
+        for member in members:
+            self.bring_up(member)
+        there = [*self.loading.values(), *self.loaded_waiting, *self._prefilling, *members]
+        holding = [(len(one.tokens) + one.generated, one.generated, one.limit) for one in (*there, sequence)]
+        # Alone it may have all.
+        self._is_full = bool(there) and not gate.fits(holding, self.pool.blocks * self.pool.block_size)
+        return not self._is_full
 
     def _number(self, sequence: Sequence) -> None:
         self._admissions += 1
@@ -467,6 +501,9 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         del self._members[sequence.request_id]
         sequence.ended = True
+        self._is_full = False
+        if self._gate is not None:
+            self._gate.ended(sequence.generated)
         if sequence.keeps:
             self.kept[sequence.request_id] = sequence
         else:

@@ -170,6 +170,8 @@ class ClusterSpec(Frozen):
         slo: classes of requests.
         prefill_order: which prompt goes first: the one that came first, or the one that is due first, for
             which another gives way between two of its chunks.
+        decode_admission: when a request is let into the memory of a decode instance: when there are
+            `free_blocks` for it now, or when it fits at the `predicted_peak` of all that are there.
     """
 
     name: str = Field(default="pdserve", pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
@@ -189,6 +191,7 @@ class ClusterSpec(Frozen):
     policy: str = "least_tokens"
     slo: SloSpec = Field(default_factory=SloSpec)
     prefill_order: Literal["arrival", "deadline"] = "arrival"
+    decode_admission: Literal["free_blocks", "predicted_peak"] = "free_blocks"
 
     @model_validator(mode="after")
     def _check(self) -> ClusterSpec:

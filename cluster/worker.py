@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,8 @@ from cluster.spec import ClusterSpec
 
 if TYPE_CHECKING:  # a worker on a GPU has none
     from cluster.sim_exchange import SocketExchange
-    from cluster.sim_scheduler import PromptOrder
 
-OrderFor = Callable[[LatencyModel], "PromptOrder | None"]
+TwinParts = Callable[[LatencyModel], Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +48,12 @@ class Worker:
         cores: str,
         phase_options: dict[str, Any],
         on_phase: Callable[[str], object],
-        prompt_order: OrderFor | None = None,
+        twin_parts: TwinParts | None = None,
     ) -> None:
         """
         Args:
-            prompt_order: what a twin's prompts are ordered by, given its latency model; vLLM's have it in
-                `phase_options`.
+            twin_parts: what a twin gets of its phase, given its latency model: arguments of `SimEngine`;
+                vLLM has its part in `phase_options`.
         """
         self._spec = spec
         self._role = role
@@ -64,7 +63,7 @@ class Worker:
         self._cores = cores
         self._phase_options = phase_options
         self._on_phase = on_phase
-        self._prompt_order = prompt_order
+        self._twin_parts = twin_parts
         self._engine: Engine | None = None
         self._exchange: SocketExchange | None = None
         self._hosting: Any = None
@@ -150,8 +149,8 @@ class Worker:
             incarnation=self._incarnation,
             kv_bytes_per_token=options.kv_bytes_per_token,
         )
-        order = self._prompt_order(options.latency) if self._prompt_order is not None else None
-        engine = SimEngine(options, self._spec.model, exchange=exchange, order=order, tells_blocks=True)
+        parts = self._twin_parts(options.latency) if self._twin_parts is not None else {}
+        engine = SimEngine(options, self._spec.model, exchange=exchange, tells_blocks=True, **parts)
         exchange.source = engine
         self._exchange = exchange
         return engine, SIM_ENGINE_NAME

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from cluster.instance import Role
 from cluster.ray_worker import WorkerShell
 from cluster.spec import ClusterSpec
-from decode_worker.phase import phase_options
+from decode_worker.phase import phase_options, twin_parts
 
 
 class DecodeActor(WorkerShell):
     """One decode instance."""
 
     def __init__(self, spec: ClusterSpec, **place: Any) -> None:
-        super().__init__(spec, Role.DECODE, phase_options(spec), **place)
+        super().__init__(
+            spec, Role.DECODE, phase_options(spec), twin_parts=partial(twin_parts, spec), **place
+        )

@@ -81,6 +81,13 @@ def _add_replay(commands: Any) -> None:
         "--goodput", nargs="+", default=[], metavar="SLO", help="ttft:MS tpot:MS, for attainment and goodput"
     )
     replay.add_argument(
+        "--slo",
+        nargs="+",
+        default=[],
+        metavar="SLO",
+        help="the same, or a YAML file of SLO classes; sent with every request, to be served within that",
+    )
+    replay.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="per request (default %(default)s)"
     )
     replay.add_argument(

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field, ValidationError
 from cluster.errors import EnvironmentProblem
 from cluster.request import NO_SLO, Slo
 from deploy.replay_report import STATUSES, ReplayReport, RequestOutcome, Status
+from deploy.slo_classes import SloClass
 from deploy.workload import WorkloadRequest, prompt_tokens
 
 REJECTIONS = (429, 503)
@@ -40,7 +41,8 @@ class ReplayOptions:
         cancel_within_s: ... at a random time up to this after sending, unless the answer ends before.
         seed: of the prompts and the cancellations.
         vocab_low, vocab_high: prompts are made of token ids in `vocab_low <= id < vocab_high`.
-        headers: sent with every request (authorization, tenant, SLO).
+        headers: sent with every request (authorization, tenant).
+        classes: SLO class of each request, whose bounds are sent with it; None sends none.
 
     Raises ValueError for a value outside its range.
     """
@@ -54,6 +56,7 @@ class ReplayOptions:
     vocab_low: int = 100
     vocab_high: int = 4000
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold a key
+    classes: Sequence[SloClass] | None = None
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "cancel_within_s"):
@@ -199,6 +202,8 @@ class _Replay:
             e2e_s=None if answer.last_s is None else answer.last_s - sent_s,
             max_gap_s=answer.max_gap_s,
             error=error,
+            slo_class=self._options.classes[index].name if self._options.classes else "",
+            slo=self._options.classes[index].slo if self._options.classes else None,
         )
 
     async def _exchange(self, index: int, body: bytes, answer: _Answer) -> None:
@@ -210,6 +215,8 @@ class _Replay:
         }
         if request.session_id is not None:
             headers["x-session-id"] = request.session_id
+        if self._options.classes is not None:
+            headers |= slo_headers(self._options.classes[index].slo)
         async with self._session.post(self._url, data=body, headers=headers) as response:
             if response.status != 200 or response.content_type != "text/event-stream":
                 status: Status = "rejected" if response.status in REJECTIONS else "failed"
@@ -231,6 +238,12 @@ class _Replay:
                     finished={status: self._finished[status] for status in STATUSES},
                 )
             )
+
+
+def slo_headers(slo: Slo) -> dict[str, str]:
+    """What a client sends so that its request is served within these bounds."""
+    bounds = {"x-pdserve-ttft-ms": slo.ttft_s, "x-pdserve-tpot-ms": slo.tpot_s}
+    return {name: f"{bound_s * 1e3:.6g}" for name, bound_s in bounds.items() if bound_s < math.inf}
 
 
 class _NotServed(Exception):

@@ -6,19 +6,25 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Callable
+from random import Random
 
 from cluster.request import NO_SLO
 from deploy.replay import ReplayOptions, ReplayProgress, replay
 from deploy.replay_report import ReplayReport, parse_goodput
+from deploy.slo_classes import assign_slo_classes, parse_slo
 from deploy.workload_options import workload_from
 
 
 def replay_trace(args: argparse.Namespace, say: Callable[[str], None]) -> ReplayReport:
     """Run the command. Raises ValueError (TraceError among them) for input that can't be used."""
     requests = workload_from(args)
+    classes = None
+    if args.slo:
+        classes = assign_slo_classes(requests, parse_slo(args.slo), Random(f"{args.seed}/slo"))
     options = ReplayOptions(
         model=args.model,
         slo=parse_goodput(args.goodput) if args.goodput else NO_SLO,
+        classes=classes,
         timeout_s=args.timeout,
         cancel_share=args.cancel_share,
         seed=args.seed,

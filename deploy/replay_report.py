@@ -24,6 +24,7 @@ class RequestOutcome:
     `e2e_s` (last token) count from sending. `tpot_s` averages over the tokens after the first, `max_gap_s` is
     the longest wait between two chunks; both None for fewer than two. `output_tokens` is the server's own
     count (usage), 0 where it never came. `error` says why the status isn't "ok"; None for a cancelled one.
+    `slo` is what it was sent with, None where the server was told of no bounds.
     """
 
     index: int
@@ -38,6 +39,8 @@ class RequestOutcome:
     e2e_s: float | None
     max_gap_s: float | None
     error: str | None
+    slo_class: str = ""
+    slo: Slo | None = None
 
     def meets(self, slo: Slo) -> bool:
         """A complete answer within both bounds; one token has no TPOT and keeps any."""
@@ -68,8 +71,18 @@ class ReplayReport:
 
     @property
     def met(self) -> int:
-        """Requests that met both bounds."""
-        return sum(outcome.meets(self.slo) for outcome in self.outcomes)
+        """Requests that met both bounds, their own if they were sent with some."""
+        return sum(self._is_met(outcome) for outcome in self.outcomes)
+
+    @property
+    def by_class(self) -> dict[str, tuple[int, int]]:
+        """(requests, requests that met their bounds) of each SLO class, the cancelled ones left out."""
+        counted: dict[str, tuple[int, int]] = {}
+        for outcome in self.outcomes:
+            if outcome.slo_class and outcome.status != "cancelled":
+                count, met = counted.get(outcome.slo_class, (0, 0))
+                counted[outcome.slo_class] = count + 1, met + self._is_met(outcome)
+        return counted
 
     @property
     def attainment(self) -> float | None:
@@ -109,6 +122,9 @@ class ReplayReport:
         """(text, count) of everything that went wrong, the most frequent first."""
         return Counter(outcome.error for outcome in self.outcomes if outcome.error is not None).most_common()
 
+    def _is_met(self, outcome: RequestOutcome) -> bool:
+        return outcome.meets(self.slo if outcome.slo is None else outcome.slo)
+
     def to_json(self) -> dict[str, object]:
         """The summary as plain JSON values (no infinity: a missing bound is null); outcomes are not in it."""
         return {
@@ -122,6 +138,7 @@ class ReplayReport:
             "met": self.met,
             "attainment": self.attainment,
             "goodput_rps": self.goodput_rps,
+            "classes": {name: {"requests": n, "met": met} for name, (n, met) in self.by_class.items()},
             **latencies_to_json(self.latencies),
             "errors": [{"error": text, "count": count} for text, count in self.errors[:MAX_ERRORS_SHOWN]],
         }
@@ -164,6 +181,11 @@ def _summary_lines(report: ReplayReport) -> list[str]:
     ]
     judged = len(report.outcomes) - report.counts["cancelled"]
     share = "-" if report.attainment is None else f"{report.attainment:.1%}"
+    within = " and ".join(bounds) or ("what each asked for" if report.by_class else "a full answer")
+    by_class = [
+        ("", f"{name}: {met / count:.1%} ({met} of {count})")
+        for name, (count, met) in report.by_class.items()
+    ]
     prompt_rate, output_rate = (report.throughput[f"{kind}_tokens_per_s"] for kind in ("input", "output"))
     rows = (
         ("server", f"{report.url}, model {report.model}"),
@@ -171,8 +193,9 @@ def _summary_lines(report: ReplayReport) -> list[str]:
         ("", ", ".join(f"{count} {status}" for status, count in report.counts.items())),
         ("throughput", f"{report.throughput['request_rps']:.2f} requests/s"),
         ("", f"{prompt_rate:,.0f} prompt and {output_rate:,.0f} output tokens/s"),
-        ("goodput", f"{report.goodput_rps:.2f} requests/s with {' and '.join(bounds) or 'a full answer'}"),
+        ("goodput", f"{report.goodput_rps:.2f} requests/s with {within}"),
         ("attainment", f"{share} ({report.met} of {judged})"),
+        *(by_class if len(by_class) > 1 else ()),
     )
     return [f"{name:<12}{text}" for name, text in rows]
 

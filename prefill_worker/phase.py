@@ -30,6 +30,6 @@ def phase_options(spec: ClusterSpec) -> dict[str, Any]:
     return options
 
 
-def prompt_order(spec: ClusterSpec, latency: LatencyModel) -> DeadlineOrder | None:
-    """The order in which a twin computes prompts; None for that of their arrival."""
-    return DeadlineOrder(latency) if spec.prefill_order == "deadline" else None
+def twin_parts(spec: ClusterSpec, latency: LatencyModel) -> dict[str, Any]:
+    """What makes a twin prefill as the spec says: arguments of `SimEngine`."""
+    return {"order": DeadlineOrder(latency) if spec.prefill_order == "deadline" else None}

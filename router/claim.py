@@ -8,12 +8,23 @@ from __future__ import annotations
 from cluster.request import ServeRequest
 from router.fleet import Fleet, L
 from router.policy import Decision
+from router.predictor import Predictor
 
 
 class Claim:
     """Room on the instances of a decision."""
 
-    __slots__ = ("_decision", "_decode", "_holds", "_name", "_prefill", "_since_s")
+    __slots__ = (
+        "_batch",
+        "_decision",
+        "_decode",
+        "_holds",
+        "_name",
+        "_predictor",
+        "_prefill",
+        "_since_s",
+        "_tokens",
+    )
 
     def __init__(
         self,
@@ -24,17 +35,22 @@ class Claim:
         lone: str | None,
         tokens: int,
         now_s: float,
+        predictor: Predictor | None = None,
     ) -> None:
         """
         Args:
             lone: the instance that serves both phases, where one does.
             tokens: prompt of the attempt.
+            predictor: told how long things took.
         """
         places = (decision.prefill, decision.decode) if lone is None else (lone,)
         self._holds = [fleet.reservations.hold(instance_id, tokens) for instance_id in places]
         self._decision = decision
         self._name = request.request_id
         self._since_s = now_s
+        self._tokens = tokens
+        self._predictor = predictor
+        self._batch = 0
         self._prefill = self._decode = None
         predicted = decision.predicted
         if predicted is None:
@@ -51,6 +67,7 @@ class Claim:
             )
         if self._decode is not None:
             self._decode.decodes.add(self._name, tokens, predicted.output_tokens, request.slo.tpot_s)
+            self._batch = len(self._decode.decodes)
 
     def prefilled(self, now_s: float) -> None:
         """The prompt has its token."""
@@ -61,8 +78,13 @@ class Claim:
     def decoded(self, tokens: int, seconds: float) -> None:
         """So many tokens after the first of the decode instance came in so many seconds."""
         predicted = self._decision.predicted
-        if self._decode is not None and predicted is not None and tokens > 0:
-            self._decode.decode_pace.learn(predicted.iteration_s, seconds / tokens)
+        if self._decode is None or predicted is None or tokens <= 0:
+            return
+        self._decode.decode_pace.learn(predicted.iteration_s, seconds / tokens)
+        if self._predictor is not None:
+            # Others came and went while it decoded: halfway between its first and its last batch.
+            requests = (self._batch + len(self._decode.decodes) + 1) // 2
+            self._predictor.decoded(self._decode.info.role, requests, seconds / tokens)
 
     def close(self, now_s: float) -> None:
         """Give back what is left; any number of times."""
@@ -83,3 +105,6 @@ class Claim:
         is_as_decided = instance.instance_id == self._decision.prefill
         if is_served and is_as_decided and predicted.queue_s < predicted.stage_s / 4:
             instance.prefill_pace.learn(predicted.stage_s, now_s - self._since_s)
+            if self._predictor is not None and not predicted.queue_s:
+                tokens = self._tokens - predicted.cached_tokens
+                self._predictor.prefilled(instance.info.role, tokens, now_s - self._since_s)

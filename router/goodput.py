@@ -24,6 +24,8 @@ from router.view import InstanceView, View
 KV_SHARE = 0.95
 # Differences of expected requests that mean nothing: then the one that is done soonest is taken.
 INDIFFERENT = 0.005
+# Instances that are looked at for that; with twice as many, twice the difference is enough to stop.
+PATIENCE = 8
 # A bound that is so many times as long, or short, as an iteration is kept, or missed, whatever its error.
 CLEAR = 0.4
 # A chance to keep the TTFT that no other pool's instance could better by much.
@@ -118,14 +120,16 @@ class Goodput:
         now_s: float,
     ) -> Sequence[InstanceView]:
         deadline_s, prompt = now_s + request.slo.ttft_s, len(request.prompt_token_ids)
+        uncached_s, _ = self._predictor.prefill_s(Role.PREFILL, prompt)
 
-        def key(instance: InstanceView) -> tuple[float, int]:
-            found = cached.get(instance.instance_id, 0) if cached else 0
-            alone_s, _ = self._predictor.prefill_s(Role.PREFILL, prompt, found)
-            wait_s = instance.prompts.wait_s(deadline_s, now_s)
-            return wait_s + alone_s * instance.prefill_pace.factor, instance.info.engine_index
+        def ttft_s(instance: InstanceView) -> float:
+            alone_s = uncached_s
+            if cached and (found := cached.get(instance.instance_id)) is not None:
+                alone_s, _ = self._predictor.prefill_s(Role.PREFILL, prompt, found)
+            return instance.prompts.wait_s(deadline_s, now_s) + alone_s * instance.prefill_pace.factor
 
-        return sorted(pool, key=key)
+        # A pool is in the order of the spec, and a sort keeps the order of equals.
+        return sorted(pool, key=ttft_s)
 
     def _decision(self, request: ServeRequest, prefill: _Choice, decode: _Choice, output: int) -> Decision:
         names = prefill.instance.instance_id, decode.instance.instance_id
@@ -211,8 +215,11 @@ class Goodput:
         own = chance(request.slo.tpot_s, after_s, pace.spread)
         return _Choice(instance, own, harm, after_s, raw_s, fits=instance.has_room(prompt + output, KV_SHARE))
 
-    def _by_batch(self, instance: InstanceView) -> tuple[float, int]:
-        return self._predictor.batch_s(instance) * instance.decode_pace.factor, instance.info.engine_index
+    def _by_batch(self, instance: InstanceView) -> float:
+        batch_s = instance.decodes.iteration_s
+        if batch_s is None:
+            batch_s = self._predictor.batch_s(instance)
+        return batch_s * instance.decode_pace.factor
 
     @staticmethod
     def _tpot_s(instance: InstanceView, iteration_s: float, work_s: float = 0.0) -> float:
@@ -252,7 +259,8 @@ def _search(
         choices.append(choice)
         if choice.fits:
             most = max(most, choice.kept(weight))
-        if most >= bound - INDIFFERENT:
+        # The longer it is looked for, the less a better one is worth the search.
+        if most >= bound - INDIFFERENT * max(1.0, len(choices) / PATIENCE):
             break
     return _best(choices, weight)
 

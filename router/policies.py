@@ -30,25 +30,20 @@ POLICIES: dict[str, Callable[[Predictor], Policy]] = {
 }
 
 
-# What these decide follows from times: without a latency model they would know nothing.
+# What these decide follows from times.
 PREDICTING = frozenset({"goodput", "mooncake", "llmd_scorers"})
 # These ask what is in the instances' prefix caches.
 PREFIX_AWARE = frozenset({"goodput", "prefix_affinity", "mooncake", "dynamo_kv", "llmd_scorers"})
 
 
 def predictor_of(spec: ClusterSpec) -> Predictor:
-    """What the spec's policy predicts with. Raises SpecError where the policy needs times and the spec does
-    not say how fast its engines are, and as `twin_options`."""
+    """What the spec's policy predicts with: what the spec says of the speed of its engines, or what is
+    learned from them. Raises SpecError as `twin_options`."""
     if spec.policy not in PREDICTING:
         return Predictor()
-    if not (spec.sim.profile or spec.sim.hardware or spec.sim.step_s or spec.sim.prefill_s_per_token):
-        raise SpecError(
-            file="(spec)",
-            path="policy",
-            value=spec.policy,
-            allowed="it predicts times: give sim.profile ('pdserve profile' measures one), or sim.hardware",
-        )
-    return Predictor(latency_of(spec))
+    if spec.sim.profile or spec.sim.hardware or spec.sim.step_s or spec.sim.prefill_s_per_token:
+        return Predictor(latency_of(spec))
+    return Predictor.learning()
 
 
 def make_policy(name: str, predictor: Predictor | None = None) -> Policy:

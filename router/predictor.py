@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from cluster.instance import Role
 from cluster.latency import Batch, ConstantLatency, LatencyModel
+from cluster.learned_latency import LearnedLatency
 from cluster.request import ServeRequest
 from router.output_lengths import OutputLengths
 from router.view import InstanceView
@@ -78,6 +79,24 @@ class Predictor:
         # Of the last length: a decision asks for the same prompt once for every instance.
         self._prefill: dict[Role, tuple[int, dict[int, tuple[float, float]]]] = {}
         self.lengths = OutputLengths()
+
+    @classmethod
+    def learning(cls) -> Predictor:
+        """One that begins with a guess and learns from what happens."""
+        return cls({role: LearnedLatency() for role in Role})
+
+    def prefilled(self, role: Role, tokens: int, seconds: float) -> None:
+        """A prompt that waited for no other, and of which so many tokens were computed, took so long."""
+        latency = self._latency[role]
+        if isinstance(latency, LearnedLatency):
+            latency.prefilled(tokens, seconds)
+            self._prefill.pop(role, None)
+
+    def decoded(self, role: Role, requests: int, iteration_s: float) -> None:
+        """Iterations with so many requests took so long each."""
+        latency = self._latency[role]
+        if isinstance(latency, LearnedLatency):
+            latency.decoded(requests, iteration_s)
 
     def output_tokens(self, request: ServeRequest) -> int:
         """Expected length of its answer."""

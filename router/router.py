@@ -91,6 +91,7 @@ class Router:
 
     Attributes:
         on_decision: told every decision as it is made, with the loop's time.
+        predictor: the policy's; None for a policy without one.
         wants_blocks: whether instances shall tell how their prefix caches change.
     """
 
@@ -126,7 +127,7 @@ class Router:
         self.wants_blocks = with_prefixes
         self.reservations = self.fleet.reservations
         self._policy = policy
-        self._predictor = predictor
+        self.predictor = predictor
         self._decisions = decisions
         self.admission = Admission(deadlines.prefill_s, tenant_weights)
         self._client = client
@@ -315,8 +316,8 @@ class Router:
             outcome = error.reason
             self._client.fail(request_id, error)
         self.admission.ended(run.request, run.predicted, len(run.generated))
-        if outcome == "ok" and self._predictor is not None:
-            self._predictor.lengths.add(run.request.slo_class, len(run.generated))
+        if outcome == "ok" and self.predictor is not None:
+            self.predictor.lengths.add(run.request.slo_class, len(run.generated))
         self._client.forget(request_id)
         self._over(run, outcome)
         if not self._runs:

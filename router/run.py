@@ -67,6 +67,7 @@ class Run:
             lone=self._lone_engine(decision),
             tokens=len(self.request.prompt_token_ids) + self._carried(),
             now_s=self._now(),
+            predictor=self._router.predictor,
         )
 
     @property

@@ -115,7 +115,7 @@ class View(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """A view as a value: a snapshot, each role in the order of the spec.
+    """A view as a value: a snapshot, in any order.
 
     Attributes:
         prefixes: what there is in the instances' caches, as far as it is known.
@@ -126,7 +126,8 @@ class ClusterView:
     prefixes: Prefixes | None = None
 
     def of(self, role: Role) -> tuple[InstanceView, ...]:
-        return self.prefill if role is Role.PREFILL else self.decode
+        instances = self.prefill if role is Role.PREFILL else self.decode
+        return tuple(sorted(instances, key=lambda v: v.info.engine_index))
 
     def by_tokens(self, role: Role) -> Iterator[InstanceView]:
         return iter(sorted(self.of(role), key=lambda v: (v.outstanding_tokens, v.info.engine_index)))

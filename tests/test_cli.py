@@ -30,7 +30,7 @@ SURFACE = {
     "explain": ["--json", "--url", "request"],
     "replay": [
         "--cancel-share", "--goodput", "--json", "--limit", "--max-model-len", "--max-output", "--model",
-        "--rate", "--seed", "--speedup", "--timeout", "--url", "trace",
+        "--rate", "--seed", "--slo", "--speedup", "--timeout", "--url", "trace",
     ],
     "simulate": [
         "--html", "--json", "--limit", "--max-model-len", "--max-output", "--rate", "--scenario", "--seed",

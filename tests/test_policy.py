@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import NoInstance, SpecError
+from cluster.instance import Role
 from cluster.request import ServeRequest
 from cluster.spec import UNSPLIT, parse_spec
 from router.policies import POLICIES, make_policy, predictor_of
@@ -66,10 +67,12 @@ def test_unsplit_takes_the_least_loaded_of_both_roles(prefill: list[int], decode
     assert chosen[decision.prefill] == min(prefill + decode)
 
 
-def test_a_policy_that_predicts_needs_to_know_how_fast_engines_are() -> None:
-    bare = parse_spec({"model": "m", "policy": "goodput"})
-    with pytest.raises(SpecError, match=r"give sim\.profile"):
-        predictor_of(bare)
+def test_a_policy_that_predicts_learns_how_fast_engines_are_where_nothing_says_so() -> None:
+    learning = predictor_of(parse_spec({"model": "m", "policy": "goodput"}))
+    guess_s, _ = learning.prefill_s(Role.PREFILL, 100)
+    for _ in range(20):
+        learning.prefilled(Role.PREFILL, 100, 3.0)
+    assert learning.prefill_s(Role.PREFILL, 100)[0] > 10 * guess_s
     known = parse_spec({"model": "m", "policy": "goodput", "sim": {"step_s": 0.01}})
     instance = view_of("decode", [0])[0]
     instance.decodes.add("r", 10, 10, 1.0)

@@ -15,6 +15,7 @@ from cluster.errors import EnvironmentProblem
 from cluster.request import Slo
 from deploy.replay import ReplayOptions, ReplayProgress, replay
 from deploy.replay_report import STATUSES, Distribution, ReplayReport, RequestOutcome, parse_goodput
+from deploy.slo_classes import SloClass
 from deploy.workload import WorkloadRequest, prompt_tokens
 
 Behaviour = Callable[["FakeServer", web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
@@ -174,6 +175,28 @@ async def test_what_is_sent() -> None:
     assert {headers["x-tenant-id"] for headers in server.headers} == {"t"}
     assert [headers["x-request-id"] for headers in server.headers] == ["replay-7-0", "replay-7-1"]
     assert {headers["content-type"] for headers in server.headers} == {"application/json"}
+
+
+async def test_bounds_go_along_and_count() -> None:
+    strict = SloClass(name="strict", slo=Slo(ttft_s=1e-9, tpot_s=0.0255))
+    loose = SloClass(name="loose")
+    async with serving(answer_well) as server:
+        options = ReplayOptions(classes=[strict, loose, loose])
+        report = await replay(server.url, workload(3), options)
+    found = [
+        (headers.get("x-pdserve-ttft-ms"), headers.get("x-pdserve-tpot-ms")) for headers in server.headers
+    ]
+    assert sorted(found, key=str) == sorted([("1e-06", "25.5"), (None, None), (None, None)], key=str)
+    assert report.by_class == {"strict": (1, 0), "loose": (2, 2)}
+    assert (report.met, report.attainment) == (2, 2 / 3)
+    assert report.to_json()["classes"] == {
+        "strict": {"requests": 1, "met": 0},
+        "loose": {"requests": 2, "met": 2},
+    }
+    lines = report.to_text().splitlines()
+    assert any(line.endswith("requests/s with what each asked for") for line in lines)
+    assert "            strict: 0.0% (0 of 1)" in lines
+    assert "            loose: 100.0% (2 of 2)" in lines
 
 
 async def test_the_load_is_open_loop() -> None:

@@ -81,7 +81,8 @@ def fit_streams(visits: Sequence[PointStreams]) -> UrlFit:
             measured = Measured(point=visit.point, batch=segment.batch, seconds=segment.seconds)
             if segment.beside <= LEAST_BESIDE:
                 decodes.append(measured)
-            elif segment.beside >= MOSTLY_BESIDE:
+            elif segment.beside >= MOSTLY_BESIDE and segment.batch.decode_requests == visit.point.requests:
+                # With fewer, others are handed over just then, which slows them too.
                 beside.append((measured, segment.beside))
     # Seen through a network and a front end, so few batches do not bear more than one segment.
     decode_samples = averages(decodes, least_repeats=1)

@@ -17,15 +17,19 @@ from cluster.spec import ClusterSpec
 from cluster.wire import DUE_PARAM, Blocks, TokenOutput, TokenRequest
 from cluster.worker import Ready
 from decode_worker.phase import phase_options as decode_options
+from decode_worker.phase import twin_parts as decode_parts
 from deploy.simulator.network import SimNetwork
 from deploy.simulator.scenario import Scenario
 from prefill_worker.phase import phase_options as prefill_options
-from prefill_worker.phase import prompt_order
+from prefill_worker.phase import twin_parts as prefill_parts
 from router.hop import Hop, HopKind
 from router.router import Router
 
 # How long a running request may go without news: far below any deadline, far above an iteration.
 QUIET_S = 5.0
+
+
+_PARTS = {Role.PREFILL: prefill_parts, Role.DECODE: decode_parts}
 
 
 class HopWatcher(Protocol):
@@ -87,8 +91,8 @@ class SimLife:
             watcher=watcher,
             on_busy=cluster.on_busy(info.role),
             quiet_s=QUIET_S,
-            order=prompt_order(cluster.spec, options.latency) if info.role is Role.PREFILL else None,
             tells_blocks=cluster.router.wants_blocks,
+            **_PARTS[info.role](cluster.spec, options.latency),
         )
         self.load = InstanceLoad()
         profile = _profile(options)

@@ -25,7 +25,9 @@ KV_SHARE = 0.95
 # Differences of expected requests that mean nothing: then the one that is done soonest is taken.
 INDIFFERENT = 0.005
 # Instances that are looked at for that; with twice as many, twice the difference is enough to stop.
-PATIENCE = 8
+PATIENCE = 4
+# Who has less than that where it is best is not looked for a better place: it will be rejected.
+HOPELESS = 0.05
 # A bound that is so many times as long, or short, as an iteration is kept, or missed, whatever its error.
 CLEAR = 0.4
 # A chance to keep the TTFT that no other pool's instance could better by much.
@@ -44,6 +46,7 @@ class _Choice(NamedTuple):
         work_s: what it adds to the queue, without the instance's factor.
         cached: tokens of it that need no computing.
         fits: whether its KV has room there.
+        common: of the harm, what every instance of that load would have, by bound.
     """
 
     instance: InstanceView
@@ -55,6 +58,7 @@ class _Choice(NamedTuple):
     work_s: float = 0.0
     cached: int = 0
     fits: bool = True
+    common: tuple[float, ...] = ()
 
     def kept(self, weight: float) -> float:
         """Expected requests that keep their SLO more than without it, for a request that keeps the other
@@ -66,13 +70,13 @@ class _Usual(NamedTuple):
     """What an average instance of a pool has beside what this one has.
 
     Attributes:
-        tpot: requests by their bound.
-        ttft: prompts by theirs.
+        tpot: (bound, requests).
+        ttft: the same of prompts.
         work_s: of one such prompt.
     """
 
-    tpot: Mapping[float, float]
-    ttft: Mapping[float, float] = {}
+    tpot: tuple[tuple[float, float], ...]
+    ttft: tuple[tuple[float, float], ...] = ()
     work_s: float = 0.0
 
 
@@ -87,8 +91,9 @@ class Goodput:
         cached = view.cached(request)
         output = self._predictor.output_tokens(request)
         usual = _usual(view, len(prefill_pool), len(decode_pool))
+        by_batch = sorted(decode_pool, key=self._by_batch)
         decode = _search(
-            sorted(decode_pool, key=self._by_batch),
+            by_batch,
             lambda instance: self._decode(request, instance, output, usual),
             1.0,
         )
@@ -100,7 +105,7 @@ class Goodput:
         if prefill.own - prefill.harm < SURE:
             # A busy pool's prompts may be computed where there is time for them, among decodes.
             among = _search(
-                sorted(decode_pool, key=self._by_batch),
+                by_batch,
                 lambda instance: self._prefill_among(request, instance, cached, usual, now_s),
                 decode.own,
             )
@@ -175,13 +180,17 @@ class Goodput:
         for prompt, end_s in queue.behind(deadline_s, now_s):
             harm += _less(prompt.deadline_s - now_s, end_s - now_s, more_s, pace.spread)
         # And those that will come while it waits, or is computed.
-        for other_s, count in usual.ttft.items():
-            if bound_s <= other_s or not queue.by_deadline:
-                before_s = queue.wait_s(now_s + other_s, now_s) + usual.work_s
-                harm += count * _less(other_s, before_s, more_s, pace.spread)
+        common = tuple(
+            count * _less(other_s, queue.wait_s(now_s + other_s, now_s) + usual.work_s, more_s, pace.spread)
+            if bound_s <= other_s or not queue.by_deadline
+            else 0.0
+            for other_s, count in usual.ttft
+        )
         own = chance(bound_s, seconds, pace.spread)
         raw_s = queue_s / pace.factor + alone_s
-        return _Choice(instance, own, harm, seconds, raw_s, queue_s, work_s, found)
+        return _Choice(
+            instance, own, harm + sum(common), seconds, raw_s, queue_s, work_s, found, True, common
+        )
 
     def _prefill_among(
         self,
@@ -202,18 +211,19 @@ class Goodput:
         own = chance(request.slo.ttft_s, seconds, pace.spread)
         before_s = self._tpot_s(instance, batch_s)
         after_s = self._tpot_s(instance, batch_s, work_s)
-        harm = _lost(instance.decodes.bounds, usual.tpot, before_s, after_s, instance.decode_pace.spread)
+        harm, common = _lost(instance, usual.tpot, before_s, after_s)
         fits = instance.has_room(len(request.prompt_token_ids), KV_SHARE)
-        return _Choice(instance, own, harm, seconds, raw_s, queue_s, work_s, found, fits)
+        return _Choice(instance, own, harm, seconds, raw_s, queue_s, work_s, found, fits, common)
 
     def _decode(self, request: ServeRequest, instance: InstanceView, output: int, usual: _Usual) -> _Choice:
         pace, prompt = instance.decode_pace, len(request.prompt_token_ids)
         before_s = self._tpot_s(instance, self._predictor.batch_s(instance))
         raw_s = self._predictor.iteration_s(instance, 1, prompt + output // 2)
         after_s = self._tpot_s(instance, raw_s)
-        harm = _lost(instance.decodes.bounds, usual.tpot, before_s, after_s, pace.spread)
+        harm, common = _lost(instance, usual.tpot, before_s, after_s)
         own = chance(request.slo.tpot_s, after_s, pace.spread)
-        return _Choice(instance, own, harm, after_s, raw_s, fits=instance.has_room(prompt + output, KV_SHARE))
+        fits = instance.has_room(prompt + output, KV_SHARE)
+        return _Choice(instance, own, harm, after_s, raw_s, fits=fits, common=common)
 
     def _by_batch(self, instance: InstanceView) -> float:
         batch_s = instance.decodes.iteration_s
@@ -225,15 +235,17 @@ class Goodput:
     def _tpot_s(instance: InstanceView, iteration_s: float, work_s: float = 0.0) -> float:
         """With the prompts that are computed in between, spread over an answer."""
         prompts_s = instance.prompts.work_s + work_s
+        if not prompts_s:
+            return iteration_s * instance.decode_pace.factor
         return iteration_s * instance.decode_pace.factor + prompts_s / instance.decodes.usual_output
 
 
 def _usual(view: View, prefills: int, decodes: int) -> _Usual:
-    tpot = {bound_s: count / decodes for bound_s, count in view.bounds(Role.DECODE).items()}
+    tpot = tuple((bound_s, count / decodes) for bound_s, count in view.bounds(Role.DECODE).items())
     pending = view.pending(Role.PREFILL)
     if not pending.bounds:
         return _Usual(tpot)
-    ttft = {bound_s: count / prefills for bound_s, count in pending.bounds.items()}
+    ttft = tuple((bound_s, count / prefills) for bound_s, count in pending.bounds.items())
     return _Usual(tpot, ttft, pending.work_s / sum(pending.bounds.values()))
 
 
@@ -242,23 +254,30 @@ def _search(
 ) -> _Choice:
     """The best of instances in the order of their load, without a look at those that can't be better.
 
-    This request's chance falls with the load, so it bounds all that is left; what it costs others is small
-    where there is much slack, and where there is none. So it is looked for from both ends.
+    This request's chance falls with the load. What it costs the usual ones of a bound rises with the load and
+    falls again, so of those between two instances it is no less than at the one or the other. Both bound what
+    is left, as it is looked for from both ends.
     """
     low, high = 0, len(ordered)
     choices: list[_Choice] = []
-    most, bound = -math.inf, math.inf
+    lightest = heaviest = None
+    most = -math.inf
     while low < high:
         if len(choices) % 2:
             high -= 1
-            choice = weigh(ordered[high])
+            heaviest = choice = weigh(ordered[high])
         else:
-            choice = weigh(ordered[low])
+            lightest = choice = weigh(ordered[low])
             low += 1
-            bound = choice.own * weight
         choices.append(choice)
         if choice.fits:
             most = max(most, choice.kept(weight))
+        assert lightest is not None
+        bound = lightest.own * weight
+        if bound < HOPELESS and lightest.fits:
+            break
+        if heaviest is not None:
+            bound -= sum(map(min, lightest.common, heaviest.common))
         # The longer it is looked for, the less a better one is worth the search.
         if most >= bound - INDIFFERENT * max(1.0, len(choices) / PATIENCE):
             break
@@ -274,16 +293,21 @@ def _best(choices: Sequence[_Choice], weight: float) -> _Choice:
 
 
 def _lost(
-    bounds: Mapping[float, int], usual: Mapping[float, float], before_s: float, after_s: float, spread: float
-) -> float:
-    """Requests, of those that are there and the usual ones, that slower iterations lose."""
+    instance: InstanceView, usual: Sequence[tuple[float, float]], before_s: float, after_s: float
+) -> tuple[float, tuple[float, ...]]:
+    """Requests that slower iterations lose, of those that are there and the usual ones; and of these alone,
+    by bound."""
+    bounds, spread = instance.decodes.bounds, instance.decode_pace.spread
     lost = 0.0
-    for bound_s, count in usual.items():
+    common = []
+    for bound_s, count in usual:
+        less = 0.0
         # Far on either side of a bound nothing changes.
         if CLEAR * bound_s < after_s and before_s < bound_s / CLEAR:
-            kept = chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread)
-            lost += kept * (count + bounds.get(bound_s, 0))
-    return lost
+            less = chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread)
+            lost += less * (count + bounds.get(bound_s, 0))
+        common.append(less * count)
+    return lost, tuple(common)
 
 
 def _less(bound_s: float, before_s: float, more_s: float, spread: float) -> float:

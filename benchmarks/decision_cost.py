@@ -20,7 +20,7 @@ from resource import getpagesize
 
 from benchmarks.policies import MIXED, spec_of
 from cluster.instance import EngineFacts, Fingerprint, InstanceInfo, InstanceLoad, InstanceState, Role
-from cluster.prefix_hash import chain_hashes
+from cluster.prefix_hash import chain_hashes, span_tokens
 from cluster.request import ServeRequest
 from cluster.wire import Blocks
 from router.fleet import Fleet
@@ -70,12 +70,12 @@ def measure(count: int, decisions: int) -> dict[str, list[float]]:
     policies = {name: make_policy(name, Predictor(latency)) for name in POLICIES if name != "unsplit"}
     took: dict[str, list[float]] = {name: [] for name in policies}
     tokens = [rng.randrange(100_000) for _ in range(PROMPT_TOKENS)]
-    block_size = 16
+    size = span_tokens(16)
     for number in range(decisions):
         length = rng.randrange(PROMPT_TOKENS // 2, PROMPT_TOKENS)
         prompt = [rng.randrange(100_000), *tokens[1:length]]
         if number % 2:
-            cached = list(chain_hashes(prompt[: rng.randrange(length)], block_size))
+            cached = list(chain_hashes(prompt[: rng.randrange(length)], size))
             for _ in range(rng.randrange(1, 4)):
                 fleet.blocks_changed(f"prefill-{rng.randrange(count)}", Blocks(stored=cached))
         request = ServeRequest(
@@ -92,7 +92,7 @@ def index_bytes(blocks: int, instances: int = 64) -> tuple[int, int]:
     """Memory of an index of so many blocks, a tenth of which two instances have, and how many it has."""
     rng = Random(0)
     before = _resident_bytes()
-    index = PrefixIndex(16)
+    index = PrefixIndex(128, most_blocks=blocks)
     each = blocks // instances
     last: list[int] = []
     for number in range(instances):
@@ -122,7 +122,7 @@ def main() -> None:
             p50, p99 = (ordered[math.ceil(share * len(ordered)) - 1] * 1e6 for share in (0.5, 0.99))
             print(f"| {count} | {name} | {p50:.0f} | {p99:.0f} |", flush=True)
     used, blocks = index_bytes(args.blocks)
-    print(f"\nIndex of {blocks:,} blocks: {used / 2**20:,.0f} MiB, {used / blocks:.0f} bytes a block.")
+    print(f"\nIndex of {blocks:,} names: {used / 2**20:,.0f} MiB, {used / blocks:.0f} bytes a name.")
 
 
 if __name__ == "__main__":

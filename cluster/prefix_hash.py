@@ -8,6 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
+# Fewer tokens under one name would cost a look-up each, and say little more.
+SPAN_TOKENS = 128
+
+
+def span_tokens(block_size: int) -> int:
+    """Tokens under one name that is told of, of an engine with such blocks: whole blocks, at least one."""
+    return block_size * max(1, SPAN_TOKENS // block_size)
+
 
 def chain(before: int, block: tuple[int, ...]) -> int:
     """The name of a block that follows the one named `before`; 0 begins a prompt.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.block_names import BlockChanges
-from cluster.prefix_hash import chain_hashes
+from cluster.prefix_hash import chain_hashes, span_tokens
 
 
 class _Use:
@@ -34,6 +34,7 @@ class BlockTable:
     Attributes:
         hashes: of the prompt's full blocks, each over all tokens up to its end; then names of the full blocks
             of output that it lost.
+        spans: names of the prompt's full spans, where somebody wants to be told of them.
         shared: hashes of the blocks it holds that others can find.
         private: other blocks it holds.
         committed: leading blocks of `hashes` that are filled and findable, or were found.
@@ -42,6 +43,7 @@ class BlockTable:
     """
 
     hashes: list[int] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
     shared: list[int] = field(default_factory=list)
     private: int = 0
     committed: int = 0
@@ -59,6 +61,7 @@ class BlockPool:
 
     Attributes:
         changes: of the prefix cache, where somebody wants to be told of them.
+        span_blocks: blocks that are told of together.
     """
 
     def __init__(self, blocks: int, block_size: int, *, caching: bool) -> None:
@@ -78,6 +81,9 @@ class BlockPool:
         self._named = 0
         self._has_copies = False
         self.changes: BlockChanges | None = None
+        self.span_blocks = span_tokens(block_size) // block_size
+        # By its last block's hash.
+        self._spans: dict[int, int] = {}
 
     @property
     def free(self) -> int:
@@ -102,6 +108,12 @@ class BlockPool:
             return []
         rest = tokens[len(known) * self.block_size :] if known else tokens
         return [*known, *chain_hashes(rest, self.block_size, known[-1] if known else 0)]
+
+    def spans(self, tokens: Sequence[int]) -> list[int]:
+        """Names of the full spans, by which others speak of them; none where nobody asks."""
+        if self.changes is None or not self._caching:
+            return []
+        return list(chain_hashes(tokens, self.span_blocks * self.block_size))
 
     def find(self, table: BlockTable, limit_tokens: int) -> int:
         """Leading blocks of the prompt that the cache holds, within `limit_tokens`; changes nothing."""
@@ -151,6 +163,8 @@ class BlockPool:
         fresh = table.hashes[table.committed : filled]
         if not fresh:
             return
+        if table.spans:
+            self._store_spans(table, filled)
         table.committed += len(fresh)
         known = self._known
         # The end of a prompt is evicted before its beginning: unless there are copies, who does not know a
@@ -158,8 +172,6 @@ class BlockPool:
         if (self._has_copies or fresh[0] in known) and not known.keys().isdisjoint(fresh):
             fresh = [self._name() if block in known else block for block in fresh]
             self._has_copies = True
-        if self.changes is not None:
-            self.changes.stored(block for block in fresh if not self._is_private(block))
         self._begin_use(table, fresh)
         table.shared = table.shared + fresh
         table.private -= len(fresh)
@@ -207,8 +219,14 @@ class BlockPool:
         self._named += 1
         return -self._named
 
-    def _is_private(self, block: int) -> bool:
-        return -self._named <= block < 0
+    def _store_spans(self, table: BlockTable, filled: int) -> None:
+        """The blocks up to `filled` are there now."""
+        assert self.changes is not None
+        size = self.span_blocks
+        first, last = table.committed // size, min(filled // size, len(table.spans))
+        self.changes.stored(table.spans[first:last])
+        for number in range(first, last):
+            self._spans[table.hashes[(number + 1) * size - 1]] = table.spans[number]
 
     def _last_used(self, blocks: list[int]) -> list[int]:
         """Those that nobody else uses; of the others one use less."""
@@ -241,5 +259,6 @@ class BlockPool:
                     count -= 1
             if not blocks:
                 released.popleft()
-        if self.changes is not None:
-            self.changes.removed(block for block in evicted if not self._is_private(block))
+        if self._spans and self.changes is not None:
+            ends = (self._spans.pop(block, None) for block in evicted)
+            self.changes.removed(span for span in ends if span is not None)

@@ -165,6 +165,7 @@ class Scheduler:
                 f"{self.options.max_model_len}"
             )
         sequence.table.hashes = self.pool.hashes(sequence.tokens, known_hashes)
+        sequence.table.spans = self.pool.spans(sequence.tokens)
         self._members[sequence.request_id] = sequence
         self.waiting.append(sequence)
 

@@ -24,6 +24,8 @@ from router.view import InstanceView, View
 KV_SHARE = 0.95
 # Differences of expected requests that mean nothing: then the one that is done soonest is taken.
 INDIFFERENT = 0.005
+# What others lose is not known better than that.
+HARM_ERROR = 0.05
 # Instances that are looked at for that; with twice as many, twice the difference is enough to stop.
 PATIENCE = 4
 # Who has less than that where it is best is not looked for a better place: it will be rejected.
@@ -70,12 +72,12 @@ class _Usual(NamedTuple):
     """What an average instance of a pool has beside what this one has.
 
     Attributes:
-        tpot: (bound, requests).
-        ttft: the same of prompts.
+        tpot: (bound, requests, the fewest that any instance has).
+        ttft: (bound, prompts).
         work_s: of one such prompt.
     """
 
-    tpot: tuple[tuple[float, float], ...]
+    tpot: tuple[tuple[float, float, int], ...]
     ttft: tuple[tuple[float, float], ...] = ()
     work_s: float = 0.0
 
@@ -90,7 +92,7 @@ class Goodput:
         prefill_pool, decode_pool = (pool_of(view, role) for role in Role)
         cached = view.cached(request)
         output = self._predictor.output_tokens(request)
-        usual = _usual(view, len(prefill_pool), len(decode_pool))
+        usual = _usual(view, len(prefill_pool), decode_pool)
         by_batch = sorted(decode_pool, key=self._by_batch)
         decode = _search(
             by_batch,
@@ -240,8 +242,11 @@ class Goodput:
         return iteration_s * instance.decode_pace.factor + prompts_s / instance.decodes.usual_output
 
 
-def _usual(view: View, prefills: int, decodes: int) -> _Usual:
-    tpot = tuple((bound_s, count / decodes) for bound_s, count in view.bounds(Role.DECODE).items())
+def _usual(view: View, prefills: int, decode_pool: Sequence[InstanceView]) -> _Usual:
+    tpot = tuple(
+        (bound_s, count / len(decode_pool), min([one.decodes.bounds.get(bound_s, 0) for one in decode_pool]))
+        for bound_s, count in view.bounds(Role.DECODE).items()
+    )
     pending = view.pending(Role.PREFILL)
     if not pending.bounds:
         return _Usual(tpot)
@@ -279,7 +284,8 @@ def _search(
         if heaviest is not None:
             bound -= sum(map(min, lightest.common, heaviest.common))
         # The longer it is looked for, the less a better one is worth the search.
-        if most >= bound - INDIFFERENT * max(1.0, len(choices) / PATIENCE):
+        slack = INDIFFERENT * max(1.0, len(choices) / PATIENCE) + HARM_ERROR * max(0.0, weight - most)
+        if most >= bound - slack:
             break
     return _best(choices, weight)
 
@@ -293,20 +299,20 @@ def _best(choices: Sequence[_Choice], weight: float) -> _Choice:
 
 
 def _lost(
-    instance: InstanceView, usual: Sequence[tuple[float, float]], before_s: float, after_s: float
+    instance: InstanceView, usual: Sequence[tuple[float, float, int]], before_s: float, after_s: float
 ) -> tuple[float, tuple[float, ...]]:
-    """Requests that slower iterations lose, of those that are there and the usual ones; and of these alone,
-    by bound."""
+    """Requests that slower iterations lose, of those that are there and the usual ones; and by bound, what
+    they would lose of the usual ones and the fewest that are anywhere."""
     bounds, spread = instance.decodes.bounds, instance.decode_pace.spread
     lost = 0.0
     common = []
-    for bound_s, count in usual:
+    for bound_s, count, least in usual:
         less = 0.0
         # Far on either side of a bound nothing changes.
         if CLEAR * bound_s < after_s and before_s < bound_s / CLEAR:
             less = chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread)
             lost += less * (count + bounds.get(bound_s, 0))
-        common.append(less * count)
+        common.append(less * (count + least))
     return lost, tuple(common)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from cluster.instance import InstanceInfo
-from cluster.prefix_hash import chain_hashes
+from cluster.prefix_hash import chain_hashes, span_tokens
 from cluster.wire import Blocks
 
 # Entries looked at by the sweep for each block that is stored or removed.
@@ -172,7 +172,7 @@ class PrefixIndex:
 
 
 class Prefixes:
-    """The prefix caches of a fleet: one index for each size of blocks that its engines have."""
+    """The prefix caches of a fleet: one index for each size of spans that its engines speak of."""
 
     def __init__(self) -> None:
         self._indexes: dict[int, PrefixIndex] = {}
@@ -181,10 +181,10 @@ class Prefixes:
         """An instance has told how its cache has changed."""
         if info.facts is None:
             return
-        block_size = info.facts.fingerprint.block_size_tokens
-        index = self._indexes.get(block_size)
+        size = span_tokens(info.facts.fingerprint.block_size_tokens)
+        index = self._indexes.get(size)
         if index is None:
-            index = self._indexes[block_size] = PrefixIndex(block_size)
+            index = self._indexes[size] = PrefixIndex(size)
         if changes.cleared:
             index.forget(info.instance_id)
         index.removed(info.instance_id, changes.removed)
@@ -201,8 +201,8 @@ class Prefixes:
         The last token is always computed, since the first of the answer follows from it.
         """
         found: dict[str, int] = {}
-        for block_size, index in self._indexes.items():
-            most = (len(tokens) - 1) // block_size * block_size
+        for size, index in self._indexes.items():
+            most = (len(tokens) - 1) // size * size
             for instance_id, cached in index.match(tokens).items():
                 if most:
                     found[instance_id] = min(cached, most)

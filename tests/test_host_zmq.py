@@ -135,22 +135,22 @@ async def test_requests_go_through_the_split() -> None:
 
 
 async def test_an_ingress_learns_what_is_cached_where_also_when_it_comes_later() -> None:
-    asked = ServeRequest(request_id="next", prompt_token_ids=PROMPT, max_tokens=2)
+    prompt = list(range(100, 400))  # and all that a prompt has of them are two spans of 128
+    asked = ServeRequest(request_id="next", prompt_token_ids=prompt, max_tokens=2)
     salted = replace(asked, plain_prompt=False)
     async with cluster("prefill-0", "decode-0") as (plain, instances):
         one = Ingress("ingress-2", with_prefixes=True)
         await one.reach(*instances.values())
-        one.submit("r", 40)
+        one.router.submit(replace(asked, request_id="r", max_tokens=40))
         await until(lambda: not one.router.pending)
-        # 30 tokens, and all that a prompt has of them is a block of 16.
-        await until(lambda: one.router.fleet.cached(asked) == {"prefill-0": 16, "decode-0": 16})
+        await until(lambda: one.router.fleet.cached(asked) == {"prefill-0": 256, "decode-0": 256})
         two = Ingress("ingress-3", with_prefixes=True)
         await two.reach(*instances.values())
-        await until(lambda: two.router.fleet.cached(asked) == {"prefill-0": 16, "decode-0": 16})
+        await until(lambda: two.router.fleet.cached(asked) == {"prefill-0": 256, "decode-0": 256})
         assert two.router.fleet.cached(salted) == {}
         assert plain.router.fleet.cached(asked) == {}
         await instances["prefill-0"].stop()
-        await until(lambda: one.router.fleet.cached(asked) == {"decode-0": 16})
+        await until(lambda: one.router.fleet.cached(asked) == {"decode-0": 256})
         await one.keeper.close()
         await two.keeper.close()
 

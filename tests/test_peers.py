@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.instance import Role
-from cluster.prefix_hash import chain_hashes
+from cluster.prefix_hash import chain_hashes, span_tokens
 from cluster.request import Slo
 from cluster.wire import Blocks
 from router.peers import SPLITWISE_PENDING_TOKENS, PowerOfTwo, RoundRobin, SplitwiseJsq
@@ -27,7 +27,9 @@ def predictor() -> Predictor:
 def cached_on(view: ClusterView, instance_id: str, tokens: int) -> ClusterView:
     """The view with so many leading tokens of `request()` in an instance's cache."""
     prefixes = Prefixes()
-    names = chain_hashes(request().prompt_token_ids[:tokens], FACTS.fingerprint.block_size_tokens)
+    names = chain_hashes(
+        request().prompt_token_ids[:tokens], span_tokens(FACTS.fingerprint.block_size_tokens)
+    )
     prefixes.changed(info_of(instance_id), Blocks(stored=list(names)))
     return replace(view, prefixes=prefixes)
 
@@ -102,17 +104,17 @@ def test_mooncake_rejects_what_it_predicts_to_be_late(slo: Slo, chance: float) -
 
 
 def test_mooncake_counts_what_is_cached() -> None:
-    view = cached_on(view_of(prefill(0, 0.05), prefill(1), decode(0)), "prefill-0", 992)
+    view = cached_on(view_of(prefill(0, 0.05), prefill(1), decode(0)), "prefill-0", 896)
     decision = Mooncake(predictor()).decide(request(), view, 0.0)
     assert decision.prefill == "prefill-0"
     assert decision.predicted is not None
-    assert decision.predicted.cached_tokens == 992
-    assert decision.predicted.ttft_s == pytest.approx(0.05 + 0.0108)
+    assert decision.predicted.cached_tokens == 896
+    assert decision.predicted.ttft_s == pytest.approx(0.05 + 0.0204)
 
 
 def test_prefix_affinity_takes_the_longest_match_that_is_not_overloaded() -> None:
     instances = [prefill(index) for index in range(8)]
-    view = cached_on(view_of(*instances, decode(0)), "prefill-5", 160)
+    view = cached_on(view_of(*instances, decode(0)), "prefill-5", 256)
     assert PrefixAffinity().decide(request(), view, 0.0).prefill == "prefill-5"
     instances[5].outstanding_requests = 9  # more than two standard deviations above the mean
     assert PrefixAffinity().decide(request(), view, 0.0).prefill == "prefill-0"
@@ -126,12 +128,12 @@ def test_prefix_affinity_takes_the_longest_match_that_is_not_overloaded() -> Non
 
 def test_dynamo_counts_the_tokens_to_prefill_and_the_decoding_ones() -> None:
     first, second = pending(prefill(0), 900), pending(prefill(1), 500)
-    view = cached_on(view_of(first, second, decode(0, 3), decode(1, 2)), "prefill-0", 480)
+    view = cached_on(view_of(first, second, decode(0, 3), decode(1, 2)), "prefill-0", 512)
     decision = DynamoKv(predictor()).decide(request(), view, 0.0)
     assert (decision.prefill, decision.decode) == ("prefill-0", "decode-1")
     assert decision.predicted is not None
-    assert decision.predicted.cached_tokens == 480
-    view = cached_on(view, "prefill-0", 320)
+    assert decision.predicted.cached_tokens == 512
+    view = cached_on(view, "prefill-0", 256)
     assert DynamoKv(predictor()).decide(request(), view, 0.0).prefill == "prefill-1"
 
 

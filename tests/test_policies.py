@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.instance import InstanceLoad, InstanceState, Role
-from cluster.prefix_hash import chain_hashes
+from cluster.prefix_hash import chain_hashes, span_tokens
 from cluster.request import ServeRequest, Slo
 from cluster.wire import Blocks
 from router.fleet import Fleet
@@ -22,7 +22,7 @@ from tests.test_goodput import LATENCY
 from tests.twins import FACTS, info_of
 
 NAMES = sorted(POLICIES)
-PROMPT = list(range(100))
+PROMPT = list(range(1000))
 
 instances = st.lists(
     st.tuples(
@@ -54,7 +54,7 @@ def fleet_of(facts: list[tuple[Role, InstanceState, list[tuple[float, float]], l
         for number, (tokens, bound_s) in enumerate(decodes):
             view.decodes.add(f"d{number}", tokens, 50, bound_s)
         fleet.reservations.add(name, 100 * (len(prompts) + len(decodes)), len(prompts) + len(decodes))
-        block_size = FACTS.fingerprint.block_size_tokens
+        block_size = span_tokens(FACTS.fingerprint.block_size_tokens)
         fleet.blocks_changed(name, Blocks(stored=list(chain_hashes(PROMPT, block_size))[:cached]))
     return fleet
 

@@ -1,6 +1,7 @@
 """How fast the simulator is: seconds, events per second and memory for large runs, and its growth with size.
 
 python -m benchmarks.simulator_speed
+python -m benchmarks.simulator_speed --policy goodput
 
 Each run is a process of its own, one after the other, so its memory is its own. CPU seconds are printed
 beside those on the clock: on a shared machine only the former are the simulator's.
@@ -33,9 +34,9 @@ GROWTH_RPS_PER_INSTANCE = 4.0
 GROWTH_REQUESTS = 10_000
 
 
-def one(spec_file: str, count: int, requests: int, rate: float) -> dict[str, Any]:
+def one(spec_file: str, count: int, requests: int, rate: float, policy: str) -> dict[str, Any]:
     """Simulate in this process."""
-    spec = load_spec(SPECS / spec_file)
+    spec = load_spec(SPECS / spec_file, {"policy": policy})
     pools = {role: getattr(spec, role).model_copy(update={"count": count}) for role in ("prefill", "decode")}
     workload = make_workload(f"poisson:rate={rate},count={requests},lengths=conversation", 0)
     longest = spec.engine_options["max_model_len"]
@@ -71,17 +72,18 @@ def run(*words: object) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--policy", default="least_tokens", help="of the router; its decisions cost time too")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3, help="of the growth runs; the least counts")
     args = parser.parse_args()
     if args.one:
-        spec, count, requests, rate = args.one
-        print(json.dumps(one(spec, int(count), int(requests), float(rate))))
+        spec, count, requests, rate, policy = args.one
+        print(json.dumps(one(spec, int(count), int(requests), float(rate), policy)))
         return
     print("| run | answered | output tokens | virtual s | clock s | CPU s | events/s | memory MB |")
     print("|---" * 8 + "|")
     for name, *words in LARGE:
-        found = run(*words)
+        found = run(*words, args.policy)
         print(
             f"| {name} | {found['ok']:,} | {found['output_tokens']:,} | {found['virtual_s']:,.0f} "
             f"| {found['wall_s']:.1f} | {found['cpu_s']:.1f} | {found['events'] / found['wall_s']:,.0f} "
@@ -92,7 +94,7 @@ def main() -> None:
     least = {count: float("inf") for count in GROWTH}
     for _ in range(args.rounds):
         for count in GROWTH:
-            found = run(LARGE[1][1], count, GROWTH_REQUESTS, GROWTH_RPS_PER_INSTANCE * count)
+            found = run(LARGE[1][1], count, GROWTH_REQUESTS, GROWTH_RPS_PER_INSTANCE * count, args.policy)
             least[count] = min(least[count], found["cpu_s"] / found["requests"])
     for count in GROWTH:
         print(f"| {count} | {least[count] * 1e6:,.0f} | {least[count] / least[GROWTH[0]]:.2f} x |")

@@ -188,7 +188,7 @@ class ClusterSpec(Frozen):
     deadlines: DeadlineSpec = Field(default_factory=DeadlineSpec)
     transfer: TransferSpec = Field(default_factory=TransferSpec)
     sim: SimEngineSpec = Field(default_factory=SimEngineSpec)
-    policy: str = "least_tokens"
+    policy: str = "goodput"
     slo: SloSpec = Field(default_factory=SloSpec)
     prefill_order: Literal["arrival", "deadline"] = "arrival"
     decode_admission: Literal["free_blocks", "predicted_peak"] = "free_blocks"

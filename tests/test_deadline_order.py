@@ -30,6 +30,7 @@ CLASSES = {name: SloClass(name=name, slo=Slo(ttft_s=ttft_s)) for name, ttft_s in
 def first_tokens_s(order: str, asked: list[tuple[float, int, str]]) -> list[float]:
     """When each of (arrival, prompt tokens, class) got its first token, at 1 ms per token, 100 a time."""
     spec = spec_of(
+        policy="least_tokens",  # that rejects nobody, and computes no prompt elsewhere
         prefill_order=order,
         engine_options={"max_num_batched_tokens": 100},
         sim={"prefill_s_per_token": 0.001, "max_model_len": 8192, "network": {"latency_s": 0.0}},

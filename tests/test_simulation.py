@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 
 from cluster.instance import Role
 from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost
-from cluster.request import ServeRequest
+from cluster.request import ServeRequest, Slo
 from cluster.spec import ClusterSpec, parse_spec
 from deploy.simulator.result import SimulationResult
 from deploy.simulator.run import Simulation
 from deploy.simulator.scenario import Scenario, parse_scenario
+from deploy.slo_classes import SloClass
 from deploy.workload import WorkloadRequest
+from router.policies import POLICIES
 from router.policy import Decision
 from router.view import View
 
@@ -108,7 +111,9 @@ def worlds(draw: st.DrawFn) -> tuple[ClusterSpec, Scenario]:
     spec = spec_of(
         prefill=draw(pools),
         decode=draw(pools),
-        policy=draw(st.sampled_from(["least_tokens", "unsplit"])),
+        policy=draw(st.sampled_from(sorted(POLICIES))),
+        prefill_order=draw(st.sampled_from(["arrival", "deadline"])),
+        decode_admission=draw(st.sampled_from(["free_blocks", "predicted_peak"])),
         engine_options=options,
         deadlines=draw(st.sampled_from([{}, {"prefill_s": 0.5, "transfer_s": 0.2, "stall_s": 6.0}])),
         transfer={"lease_s": 6},
@@ -158,15 +163,24 @@ def check(result: SimulationResult, asked: list[WorkloadRequest]) -> None:
     )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(worlds(), st.one_of(few_requests, many_requests()))
+slos = st.lists(
+    st.tuples(st.sampled_from([0.05, 1.0, math.inf]), st.sampled_from([0.01, 0.1, math.inf])),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(worlds(), st.one_of(few_requests, many_requests()), slos)
 def test_whatever_happens_every_request_ends_and_nothing_is_left(
-    world: tuple[ClusterSpec, Scenario], asked: list[WorkloadRequest]
+    world: tuple[ClusterSpec, Scenario], asked: list[WorkloadRequest], bounds: list[tuple[float, float]]
 ) -> None:
     # 0. The simulation itself raises when it can't go on, or when at its end a block, a hop or a reservation
     # is still held.
     spec, scenario = world
-    result = Simulation(spec, asked, scenario=scenario, seed=1).run()
+    kinds = [SloClass(name=f"c{n}", slo=Slo(ttft_s=b[0], tpot_s=b[1])) for n, b in enumerate(bounds)]
+    classes = [kinds[number % len(kinds)] for number in range(len(asked))]
+    result = Simulation(spec, asked, classes, scenario=scenario, seed=1).run()
     for what, seen in (
         ("a request was preempted", any(use.preemptions for use in result.instances)),
         ("a request was moved", any(request.moves for request in result.requests)),

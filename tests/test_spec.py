@@ -21,7 +21,7 @@ def test_the_specs_we_ship_are_valid(path: Path) -> None:
     [
         ({"model": "m", "wrong": 1}, "wrong", "no such key; the keys here are"),
         ({"model": "m", "prefill": {"count": -1}}, "prefill.count", "greater than or equal to 0"),
-        ({"model": "m", "prefill": {"count": 0}}, "", "'least_tokens' needs an instance there"),
+        ({"model": "m", "prefill": {"count": 0}}, "", "'goodput' needs an instance there"),
         ({"model": "m", "policy": "unsplit", "prefill": {"count": 0}, "decode": {"count": 0}}, "", "is 0"),
         ({"model": "m", "decode": {"tp": 2}}, "decode.tp", "tensor_parallel_size"),
         ({"model": "m", "ingress": {"port": 70000}}, "ingress.port", "less than or equal to 65535"),

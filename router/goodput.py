@@ -32,8 +32,9 @@ PATIENCE = 4
 HOPELESS = 0.05
 # A bound that is so many times as long, or short, as an iteration is kept, or missed, whatever its error.
 CLEAR = 0.4
-# A chance to keep the TTFT that no other pool's instance could better by much.
-SURE = 0.97
+# Who has less than that in its own pool may have its prompt computed among decodes: what it does to them is
+# known less well, so not for a little.
+SURE = 0.5
 
 
 class _Choice(NamedTuple):

@@ -174,6 +174,7 @@ class Twins:
                 "name": "distserve",
                 "model": f"facebook/{placement.model}",
                 "engine": "sim",
+                "policy": "least_tokens",  # as the paper's controller: it knows no SLO and rejects nobody
                 "engine_options": {
                     "max_model_len": OPT_MAX_TOKENS,
                     "block_size": BLOCK_TOKENS,

@@ -109,6 +109,8 @@ def parity_spec(model: str, log: Path) -> ClusterSpec:
             "served_model_name": "twin",
             "device": "cpu",
             "engine": "sim",
+            # Its decisions follow from exact counts; what others learn of times differs from run to run.
+            "policy": "least_tokens",
             "engine_options": {"enforce_eager": True, "max_model_len": MAX_MODEL_LEN},
             "prefill": pool,
             "decode": pool,

@@ -123,7 +123,7 @@ class Rejected(ServingError):
     def describe(self) -> str:
         kept = (("TTFT", self.ttft_s, self.ttft_bound_s), ("TPOT", self.tpot_s, self.tpot_bound_s))
         said = [
-            f"{name} would be {value * 1e3:.0f} ms, its bound is {bound * 1e3:.0f} ms"
+            f"{name} would be {value * 1e3:.0f} ms, its bound is {bound * 1e3:g} ms"
             for name, value, bound in kept
             if bound < float("inf")
         ]

@@ -49,6 +49,11 @@ def test_a_rejection_says_what_would_be_and_when_to_come_back() -> None:
     assert again.tpot_bound_s == math.inf
 
 
+def test_a_bound_below_a_millisecond_is_not_called_none() -> None:
+    with pytest.raises(Rejected, match=r"TTFT would be 10 ms, its bound is 0\.5 ms"):
+        Admission().require(request(Slo(ttft_s=0.0005)), predicted(0.0, ttft_s=0.01), 0.0)
+
+
 @pytest.mark.parametrize(
     ("slo", "found", "retry_s"),
     [

@@ -29,7 +29,7 @@ from router.view import View
 
 LOADS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 GPUS = 32
-# Seconds before a rejected request from which on its shadow run begins: the state there is the same.
+# A shadow run goes on for so long after its request came: long enough for the answer.
 SHADOW_S = 60.0
 
 

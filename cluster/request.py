@@ -42,6 +42,10 @@ class Slo:
     ttft_s: float = math.inf
     tpot_s: float = math.inf
 
+    def is_kept(self, ttft_s: float | None, tpot_s: float | None) -> bool:
+        """Whether an answer with these times is within both bounds; one token has no TPOT and keeps any."""
+        return ttft_s is not None and ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)
+
 
 NO_SLO = Slo()
 

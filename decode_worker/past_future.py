@@ -9,11 +9,12 @@ for memory that nobody would have used (Gong et al., ASPLOS'25).
 from __future__ import annotations
 
 import math
-from bisect import bisect_right, insort
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
+
+from cluster.length_window import LengthWindow
 
 # Answers that are remembered; to begin with, half of them are as long as they may be.
 WINDOW = 200
@@ -41,16 +42,13 @@ class PastFuture:
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
-        first = [math.inf] * (WINDOW // 2)
-        self._by_age: deque[float] = deque(first)
-        self._lengths: list[float] = first[:]
+        self._window = LengthWindow(WINDOW)
+        for _ in range(WINDOW // 2):
+            self._window.add(math.inf)
 
     def ended(self, output_tokens: int) -> None:
         """An answer has ended, complete."""
-        if len(self._by_age) == WINDOW:
-            del self._lengths[bisect_right(self._lengths, self._by_age.popleft()) - 1]
-        self._by_age.append(output_tokens)
-        insort(self._lengths, output_tokens)
+        self._window.add(output_tokens)
 
     def fits(self, holding: Sequence[tuple[int, int, int]], capacity_tokens: int) -> bool:
         """Whether these, the new one among them, will fit at all times.
@@ -75,8 +73,9 @@ class PastFuture:
 
     def _left(self, generated: int, limit: int) -> int:
         """Tokens that an answer will still get: one that ended, longer than what is there."""
-        first = bisect_right(self._lengths, generated)
-        if first == len(self._lengths):
+        lengths = self._window.lengths
+        first = bisect_right(lengths, generated)
+        if first == len(lengths):
             return limit - generated
-        drawn = self._lengths[self._rng.randrange(first, len(self._lengths))]
+        drawn = lengths[self._rng.randrange(first, len(lengths))]
         return int(min(drawn, limit)) - generated

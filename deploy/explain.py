@@ -8,9 +8,10 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from cluster.errors import EnvironmentProblem, ServingError
+from cluster.errors import ServingError
+from deploy.status import DEADLINE_S, nobody_answers
+from router.decisions import MOST_REQUESTS
 
-DEADLINE_S = 10.0
 # Each ingress replica knows its own requests, and the proxy in front chooses one per connection.
 TRIES = 16
 
@@ -27,7 +28,7 @@ class UnknownRequest(ServingError):
     def describe(self) -> str:
         return (
             f"no ingress knows a request {self.request!r} ({self.asked} asked): give the id that the API "
-            "answered with, or your x-request-id; the last 20,000 of each ingress are kept"
+            f"answered with, or your x-request-id; the last {MOST_REQUESTS:,} of each ingress are kept"
         )
 
 
@@ -50,17 +51,10 @@ def fetch_explanation(url: str, request_id: str) -> dict[str, Any]:
                 ingress = error.headers.get("x-pdserve-ingress")
                 replicas = int(error.headers.get("x-pdserve-ingresses") or 1)
             if error.code != 404 or ingress is None:
-                raise _nobody(url, error) from None
+                raise nobody_answers(url, error) from None
             asked.add(ingress)
             if len(asked) >= replicas:
                 break
         except (OSError, ValueError) as error:
-            raise _nobody(url, error) from None
+            raise nobody_answers(url, error) from None
     raise UnknownRequest(request=request_id, asked=len(asked))
-
-
-def _nobody(url: str, error: Exception) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        problem=f"no pdserve cluster answers at {url} ({getattr(error, 'reason', error)})",
-        remedy="start one with 'pdserve up SPEC', or name it with --url",
-    )

@@ -44,8 +44,7 @@ class RequestOutcome:
 
     def meets(self, slo: Slo) -> bool:
         """A complete answer within both bounds; one token has no TPOT and keeps any."""
-        in_time = self.ttft_s is not None and self.ttft_s <= slo.ttft_s
-        return self.status == "ok" and in_time and (self.tpot_s is None or self.tpot_s <= slo.tpot_s)
+        return self.status == "ok" and slo.is_kept(self.ttft_s, self.tpot_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

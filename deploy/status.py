@@ -23,10 +23,15 @@ def fetch_status(url: str) -> dict[str, Any]:
             status: dict[str, Any] = json.load(answer)
             return status
     except (OSError, ValueError) as error:
-        problem = f"no pdserve cluster answers at {url} ({getattr(error, 'reason', error)})"
-        raise EnvironmentProblem(
-            problem=problem, remedy="start one with 'pdserve up SPEC', or name it with --url"
-        ) from None
+        raise nobody_answers(url, error) from None
+
+
+def nobody_answers(url: str, error: Exception) -> EnvironmentProblem:
+    """What is to be said when no ingress is there, or something else."""
+    return EnvironmentProblem(
+        problem=f"no pdserve cluster answers at {url} ({getattr(error, 'reason', error)})",
+        remedy="start one with 'pdserve up SPEC', or name it with --url",
+    )
 
 
 def read_metric(url: str, name: str) -> float:

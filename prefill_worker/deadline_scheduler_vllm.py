@@ -83,24 +83,25 @@ class _ByDeadline:
         waiting = self.waiting
         if not isinstance(waiting, deque):  # vLLM's own order by priority was asked for
             return [], []
+        prompts = [request for request in self.running if request.is_prefill_chunk]
+        ranks = {id(request): self._rank(request, now_s) for request in (*waiting, *prompts)}
         if len(waiting) > 1:
-            ordered = sorted(waiting, key=lambda request: self._rank(request, now_s))
+            ordered = sorted(waiting, key=lambda request: ranks[id(request)])
             waiting.clear()
             waiting.extend(ordered)
-        prompts = [request for request in self.running if request.is_prefill_chunk]
         if not prompts:
             return [], []
-        prompts.sort(key=lambda request: self._rank(request, now_s))
+        prompts.sort(key=lambda request: ranks[id(request)])
         late: list[Any] = []
         if waiting and not self._got_stuck:
-            first = self._rank(waiting[0], now_s)
-            late = [request for request in prompts if self._rank(request, now_s) > first]
+            first = ranks[id(waiting[0])]
+            late = [request for request in prompts if ranks[id(request)] > first]
         going = prompts[: len(prompts) - len(late)]
         self.running[:] = [request for request in self.running if not request.is_prefill_chunk] + going
         hidden: list[Any] = []
         if late:
-            limit = self._rank(late[0], now_s)
-            while waiting and not self._rank(waiting[-1], now_s) < limit:
+            limit = ranks[id(late[0])]
+            while waiting and not ranks[id(waiting[-1])] < limit:
                 hidden.append(waiting.pop())
         return late, hidden[::-1]
 

@@ -18,7 +18,7 @@ from cluster.request import ServeRequest
 from router.predictor import Prediction
 from router.tenants import Tenants
 
-# A rejection shall be right nine times out of ten.
+# Who has less would, let in, delay others for an answer that is likely late.
 LEAST_CHANCE = 0.3
 # Of the time a request may wait: for those within their share, and for those of priority 0 or more important.
 RESERVED = 0.3

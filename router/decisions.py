@@ -114,8 +114,7 @@ class Decisions:
         slo = request.slo
         kept: bool | None = None
         if min(slo.ttft_s, slo.tpot_s) < math.inf and ended != "cancelled":
-            in_time = ttft_s is not None and ttft_s <= slo.ttft_s
-            kept = ended == "ok" and in_time and (tpot_s is None or tpot_s <= slo.tpot_s)
+            kept = ended == "ok" and slo.is_kept(ttft_s, tpot_s)
         known[0].outcome = Outcome(
             ended=ended,
             output_tokens=output_tokens,

@@ -163,6 +163,14 @@ class Goodput:
             ),
         )
 
+    def _prompt_s(
+        self, request: ServeRequest, instance: InstanceView, cached: Mapping[str, int]
+    ) -> tuple[int, float, float]:
+        """Tokens of its prompt that need no computing there, and seconds of the others, alone and in a queue,
+        without the instance's factor."""
+        found = cached.get(instance.instance_id, 0)
+        return found, *self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids), found)
+
     def _prefill(
         self,
         request: ServeRequest,
@@ -173,8 +181,7 @@ class Goodput:
     ) -> _Choice:
         """On an instance that computes prompts only."""
         pace, bound_s, queue = instance.prefill_pace, request.slo.ttft_s, instance.prompts
-        found = cached.get(instance.instance_id, 0) if cached else 0
-        alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids), found)
+        found, alone_s, work_s = self._prompt_s(request, instance, cached)
         more_s = work_s * pace.factor
         deadline_s = now_s + bound_s
         queue_s = queue.wait_s(deadline_s, now_s)
@@ -205,8 +212,7 @@ class Goodput:
     ) -> _Choice:
         """On an instance that decodes: every decode waits for the prompt once."""
         pace = instance.prefill_pace
-        found = cached.get(instance.instance_id, 0) if cached else 0
-        alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids), found)
+        found, alone_s, work_s = self._prompt_s(request, instance, cached)
         batch_s = self._predictor.batch_s(instance)
         queue_s = instance.prompts.wait_s(now_s + request.slo.ttft_s, now_s) + batch_s / 2
         raw_s = queue_s / pace.factor + alone_s + batch_s

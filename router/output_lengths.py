@@ -7,8 +7,9 @@ LightLLM).
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
-from collections import deque
+from bisect import bisect_right
+
+from cluster.length_window import LengthWindow
 
 # Recent enough to follow a change of traffic, many enough for a 95th percentile.
 WINDOW = 1000
@@ -18,35 +19,18 @@ LEAST = 20
 PRIOR_TOKENS = 256
 
 
-class _Window:
-    """The last lengths, in order of length."""
-
-    __slots__ = ("_by_age", "lengths")
-
-    def __init__(self) -> None:
-        self._by_age: deque[int] = deque()
-        self.lengths: list[int] = []
-
-    def add(self, tokens: int) -> None:
-        if len(self._by_age) == WINDOW:
-            oldest = self._by_age.popleft()
-            del self.lengths[bisect_right(self.lengths, oldest) - 1]
-        self._by_age.append(tokens)
-        insort(self.lengths, tokens)
-
-
 class OutputLengths:
     """Lengths of answers by class."""
 
     def __init__(self) -> None:
-        self._all = _Window()
-        self._of: dict[str, _Window] = {}
+        self._all = LengthWindow(WINDOW)
+        self._of: dict[str, LengthWindow] = {}
 
     def add(self, slo_class: str, tokens: int) -> None:
         """An answer has ended, complete, with so many tokens."""
         self._all.add(tokens)
         if slo_class not in self._of:
-            self._of[slo_class] = _Window()
+            self._of[slo_class] = LengthWindow(WINDOW)
         self._of[slo_class].add(tokens)
 
     def quantile(self, slo_class: str, share: float, *, limit: int, generated: int = 0) -> int:
@@ -62,9 +46,9 @@ class OutputLengths:
         first = bisect_right(lengths, generated)
         if first == len(lengths):  # longer than any before it: who has come far goes on
             return min(limit, max(generated + 1, 2 * generated))
-        return min(limit, lengths[first + int(share * (len(lengths) - 1 - first))])
+        return min(limit, int(lengths[first + int(share * (len(lengths) - 1 - first))]))
 
-    def _lengths(self, slo_class: str) -> list[int]:
+    def _lengths(self, slo_class: str) -> list[float]:
         of_class = self._of.get(slo_class)
         if of_class is not None and len(of_class.lengths) >= LEAST:
             return of_class.lengths

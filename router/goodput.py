@@ -284,6 +284,8 @@ def _search(
         choices.append(choice)
         if choice.fits:
             most = max(most, choice.kept(weight))
+        if most == -math.inf:
+            continue  # nobody with room yet, however little of its chance is left
         assert lightest is not None
         bound = lightest.own * weight
         if bound < HOPELESS and lightest.fits:

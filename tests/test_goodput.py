@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.errors import NoInstance
@@ -138,6 +138,7 @@ def test_a_decision_depends_on_the_instances_and_not_on_their_order(
 
 
 @given(slos, decodes)
+@example(Slo(ttft_s=0.05, tpot_s=0.012), [(39, 0.015, 1569), (39, 0.015, 1)])
 def test_nobody_is_sent_where_there_is_no_room(slo: Slo, batches: list[tuple[int, float, int]]) -> None:
     instances = [decode(index, *batch) for index, batch in enumerate(batches)]
     room = {

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from random import Random
 from statistics import median
 
+from benchmarks.factor_search import START, Loss, percent, residual_cells, search
+from benchmarks.kernel_factors import kernel_samples, measured_factors
 from benchmarks.latency_data import (
     TRACES,
     AllReduce,
@@ -32,59 +34,11 @@ SPLITS = 20  # seeds that the split's own luck is told from
 TARGETS = (0.10, 0.08)  # of prompt and token time
 FITTED_PART = 0.7
 
-# Where a search starts; what a fit doesn't name stays.
-START = Efficiency(
-    gemm=0.7,
-    saturation_tokens=30.0,
-    weight_bandwidth=0.8,
-    elementwise_bandwidth=0.6,
-    # FlashAttention-2 (arXiv 2307.08691, figure 5): 150 to 190 of 312 TFLOPS, causal, on A100.
-    # FlashAttention-3 (arXiv 2407.08608, figure 5): 500 to 600 of 989 TFLOPS, causal, on H100.
-    attention=0.55,
-    kv_bandwidth=0.6,
-    link_bandwidth=0.7,
-    link_s=4e-6,
-    link_s_per_gpu=2e-6,
-    layer_s=20e-6,
-    launch_s=0.0,
-    iteration_s=1e-3,
-    request_s=20e-6,
-    stage_s=1e-3,  # simdistserve adds 1 ms for each stage
-    source="",
-)
 _KERNEL = ("gemm", "saturation_tokens", "weight_bandwidth", "elementwise_bandwidth", "layer_s")
 # Decode attention isn't among Vidur's operators, nor are a100's small all-reduces: the engine's fit has both.
 _ENGINE = ("kv_bandwidth", "iteration_s", "request_s", "layer_s", "link_s_per_gpu")
 _OLD_ENGINE = ("gemm", "attention", "kv_bandwidth", "launch_s", "iteration_s", "request_s")
 _LINK = ("link_bandwidth", "link_s", "link_s_per_gpu")
-_FACTORS = {
-    "gemm",
-    "weight_bandwidth",
-    "elementwise_bandwidth",
-    "attention",
-    "kv_bandwidth",
-    "link_bandwidth",
-}
-
-Loss = Callable[[Efficiency], float]
-
-
-def search(start: Efficiency, names: Sequence[str], loss: Loss) -> Efficiency:
-    """Coordinate descent on the factors' logarithms, with steps that shrink from 40 % to 1 %."""
-    best, least, step = start, loss(start), 1.4
-    while step > 1.01:
-        improved = False
-        for name in names:
-            for ratio in (step, 1 / step):
-                value = getattr(best, name) * ratio
-                if name in _FACTORS and value > 1:
-                    continue
-                candidate = replace(best, **{name: value})
-                if (error := loss(candidate)) < least * (1 - 1e-6):
-                    best, least, improved = candidate, error, True
-        if not improved:
-            step = math.sqrt(step)
-    return best
 
 
 def case_loss(cases: Sequence[Case], *, layer: bool = False) -> Loss:
@@ -120,6 +74,8 @@ def all_reduce_s(point: AllReduce, factors: Efficiency) -> float:
 
 
 def fit_links(points: Sequence[AllReduce], start: Efficiency, names: Sequence[str] = _LINK) -> Efficiency:
+    """The links' factors, the others as in `start`."""
+
     def loss(factors: Efficiency) -> float:
         return sum(abs(math.log(all_reduce_s(p, factors) / p.seconds)) for p in points) / len(points)
 
@@ -272,7 +228,10 @@ def factor_sets(kernels: dict[str, Efficiency]) -> dict[str, Efficiency]:
         request_s=distserve.request_s,
         layer_s=kernels["h100"].layer_s + distserve.layer_s - kernels["a100"].layer_s,
     )
-    sets = {"a100": distserve, "h100": h100}
+    ours = {name.partition("-")[0]: factors for name, factors in measured_factors(kernel_samples()).items()}
+    h100 = replace(h100, attention=ours["h100"]["attention"], kv_bandwidth=ours["h100"]["kv_bandwidth"])
+    links = fit_links([p for p in all_reduces() if p.hardware.name.startswith("h200")], h100)
+    sets = {"a100": distserve, "h100": h100, "h200": replace(links, **ours["h200"])}
     for name, factors in kernels.items():
         groups = splitwise_groups().items()
         cases = [splitwise_case(key, rows) for key, rows in groups if key.hardware.startswith(name)]
@@ -286,17 +245,6 @@ def factor_table(sets: dict[str, Efficiency]) -> Iterator[str]:
     yield "|---|" + "---|" * len(sets)
     for name in names:
         yield f"| `{name}` | {' | '.join(f'{getattr(factors, name):.3g}' for factors in sets.values())} |"
-
-
-def percent(found: Iterable[float]) -> str:
-    """Median of absolute values."""
-    return f"{100 * median(map(abs, found)):.1f} %"
-
-
-def residual_cells(found: Sequence[float]) -> str:
-    """Median, 90th percentile, mean with sign."""
-    residuals = summarise(found)
-    return f"{100 * residuals.median:.1f} % | {100 * residuals.p90:.0f} % | {100 * residuals.bias:+.0f} %"
 
 
 def main() -> None:

@@ -56,8 +56,7 @@ class Efficiency:
 
 
 # Fitted by `python -m benchmarks.latency_fit` on what `source` names; docs/latency.md has the errors.
-# `attention` of the first two is FlashAttention-2's on A100 and FlashAttention-3's on H100 (arXiv 2307.08691,
-# figure 5; arXiv 2407.08608, figure 5); `stage_s` is DistServe's simulator's.
+# A100's `attention` is FlashAttention-2's (arXiv 2307.08691, figure 5); `stage_s` is DistServe's simulator's.
 EFFICIENCIES = {
     "a100": Efficiency(
         gemm=0.753,
@@ -81,8 +80,8 @@ EFFICIENCIES = {
         saturation_tokens=128,
         weight_bandwidth=0.861,
         elementwise_bandwidth=0.606,
-        attention=0.55,
-        kv_bandwidth=0.639,
+        attention=0.506,
+        kv_bandwidth=0.797,
         link_bandwidth=0.63,
         link_s=4.88e-6,
         link_s_per_gpu=1.84e-6,
@@ -91,7 +90,25 @@ EFFICIENCIES = {
         iteration_s=0.769e-3,
         request_s=26.8e-6,
         stage_s=1e-3,
-        source="Vidur's operators and APEX' all-reduces on H100; DistServe's engine on A100, transferred",
+        source="Vidur's operators, FlashInfer timed by us, APEX' all-reduces on H100; DistServe's engine on "
+        "A100, transferred",
+    ),
+    "h200": Efficiency(
+        gemm=0.82,
+        saturation_tokens=28.6,
+        weight_bandwidth=0.775,
+        elementwise_bandwidth=0.606,
+        attention=0.511,
+        kv_bandwidth=0.764,
+        link_bandwidth=0.617,
+        link_s=3.24e-6,
+        link_s_per_gpu=1.76e-6,
+        layer_s=69.9e-6,
+        launch_s=0.0,
+        iteration_s=0.769e-3,
+        request_s=26.8e-6,
+        stage_s=1e-3,
+        source="products and FlashInfer timed by us and APEX' all-reduces on H200; the rest is H100's",
     ),
     # vLLM of 2023, without CUDA graphs. Tokens beyond 2,048 in a batch take it up to twice as long, which no
     # roofline has: attention and KV here absorb that, and say nothing about kernels.
@@ -131,12 +148,12 @@ EFFICIENCIES = {
     ),
 }
 # The nearest that was measured: the same generation of tensor cores, or the same kind of kernels.
-_NEAREST = {"h100-80gb": "h100", "h200-141gb": "h100", "b200-192gb": "h100"}
+_NEAREST = {"h100-80gb": "h100", "h200-141gb": "h200", "b200-192gb": "h100"}
 
 
 def efficiency_for(hardware: Hardware) -> Efficiency:
-    """The factors that were fitted on this GPU; else, transferred, those of the nearest: H100's for H200 and
-    B200, A100's for all others."""
+    """The factors that were fitted on this GPU; else, transferred, those of the nearest: H100's for B200,
+    A100's for all others."""
     return EFFICIENCIES[_NEAREST.get(hardware.name, "a100")]
 
 

@@ -105,6 +105,10 @@ def set_engine_environment(spec: ClusterSpec, role: Role, *, host: str, side_por
             "KMP_BLOCKTIME": "0",
             "UCX_TLS": "tcp,shm,self,cma",
         }
+    else:
+        # UCX turns reads over CUDA IPC off where it sees no NVLink, and then goes through TCP on the host: a
+        # hundredth of the speed (benchmarks/gpu).
+        settings["UCX_CUDA_IPC_ENABLE_GET_ZCOPY"] = "on"
     if spec.engine_process == "thread":
         settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if spec.transfer.ucx_tls is not None:

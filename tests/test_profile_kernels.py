@@ -132,9 +132,10 @@ def test_an_impossible_time_is_another_gpu(share: float) -> None:
 def test_the_file_holds_every_kernel(tmp_path: Path) -> None:
     times = time_kernels(kernels(), KnownTimer(), H100, lambda line: None)
     path = tmp_path / "kernels.json"
-    save_kernels(path, times, shape=LLAMA, hardware=H100, versions=KnownTimer().versions)
+    save_kernels(path, times, shape=LLAMA, ranks=2, hardware=H100, versions=KnownTimer().versions)
     document = json.loads(path.read_text())
     assert (document["model"], document["hardware"]) == ("llama-3-8b", "h100-80gb")
+    assert document["tensor_parallel_size"] == 2
     assert len(document["kernels"]) == len(times)
     first = document["kernels"][0]
     assert set(first) == {"kernel", "shape", "time_s", "flops", "bytes", "efficiency", "bound"}

@@ -145,7 +145,7 @@ def test_the_host_hides_behind_long_work_only() -> None:
     assert latency.iteration_s(prompt(8192)) == roofline().iteration_s(prompt(8192))
 
 
-@pytest.mark.parametrize(("hardware", "fitted_on"), [("h200", "h100"), ("b200", "h100"), ("l40s", "a100")])
+@pytest.mark.parametrize(("hardware", "fitted_on"), [("h200", "h200"), ("b200", "h100"), ("l40s", "a100")])
 def test_hardware_without_measurements_takes_the_nearest(hardware: str, fitted_on: str) -> None:
     assert efficiency_for(hardware_named(hardware)) is EFFICIENCIES[fitted_on]
 

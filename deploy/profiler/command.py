@@ -184,16 +184,17 @@ def _kernels(args: argparse.Namespace) -> str:
     from deploy.profiler.kernels_flashinfer import CudaTimer
 
     shape, hardware = shape_of(args.shape), hardware_named(args.hardware)
+    ranks = args.tensor_parallel_size or 1
     kernels = kernel_grid(
         shape,
-        tensor_parallel_size=args.tensor_parallel_size or 1,
+        tensor_parallel_size=ranks,
         max_prompt=args.max_prompt or DEFAULT_KERNEL_PROMPT,
         max_requests=args.max_concurrency or DEFAULT_KERNEL_CONCURRENCY,
     )
     timer = CudaTimer()
     _say(f"{len(kernels)} kernels of {shape.name} on {timer.gpu}")
     times = time_kernels(kernels, timer, hardware, _say)
-    save_kernels(args.out, times, shape=shape, hardware=hardware, versions=timer.versions)
+    save_kernels(args.out, times, shape=shape, ranks=ranks, hardware=hardware, versions=timer.versions)
     return kernels_table(times)
 
 

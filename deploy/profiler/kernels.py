@@ -210,29 +210,33 @@ def save_kernels(
     times: Sequence[KernelTime],
     *,
     shape: ModelShape,
+    ranks: int,
     hardware: Hardware,
     versions: dict[str, str],
 ) -> None:
     """Write them as JSON: one object per kernel, beside what they were measured for and on."""
-    document = {
+    head = {
         "format": KERNELS_FORMAT,
         "model": shape.name,
+        "tensor_parallel_size": ranks,
         "hardware": hardware.name,
         "versions": versions,
-        "kernels": [
-            {
-                "kernel": t.kernel.name,
-                "shape": asdict(t.kernel.shape),
-                "time_s": t.time_s,
-                "flops": t.kernel.flops,
-                "bytes": t.kernel.bytes,
-                "efficiency": t.efficiency,
-                "bound": t.bound,
-            }
-            for t in times
-        ],
     }
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    rows = [
+        {
+            "kernel": t.kernel.name,
+            "shape": asdict(t.kernel.shape),
+            "time_s": t.time_s,
+            "flops": t.kernel.flops,
+            "bytes": t.kernel.bytes,
+            "efficiency": t.efficiency,
+            "bound": t.bound,
+        }
+        for t in times
+    ]
+    # A line each, so that two files can be compared.
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f'{json.dumps(head)[:-1]}, "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def kernels_table(times: Sequence[KernelTime]) -> str:

@@ -17,8 +17,8 @@ PAGE_TOKENS = 16
 WORKSPACE_BYTES = 394 << 20
 WARM_UP_CALLS = 3
 REPEATS = 20
-# Many times any second-level cache (B200: 126 MB), so that no call finds its weights there; and the time it takes
-# hides what the host needs to launch the call.
+# Many times any second-level cache (B200: 126 MB), so that no call finds its weights there; and the time that
+# it takes hides what the host needs to launch the call.
 FLUSH_BYTES = 1 << 30
 
 

@@ -37,8 +37,9 @@ def find_goodput(
     start_rps: float = 1.0,
     tolerance: float = 0.02,
     lowest_rps: float = LOWEST_RPS,
+    stride: float = 2.0,
 ) -> Goodput:
-    """Double or halve from `start_rps` until the target lies between two rates, then halve their ratio.
+    """Go up or down from `start_rps` until the target lies between two rates, then halve their ratio.
 
     For an attainment that falls with the rate, the result is below the true goodput by at most `tolerance` of
     it. A simulation's is not quite monotone; then it is one of the rates at which the target is crossed.
@@ -46,7 +47,8 @@ def find_goodput(
     Args:
         attainment: share of the requests, 0 to 1, that meet their SLOs at a rate; called once for a rate.
         tolerance: the bracket's upper end over its lower end, minus one, at which the search stops.
-        lowest_rps: where the target is missed here, or at less than twice this, the goodput is 0.
+        lowest_rps: where the target is missed here, or at less than `stride` times this, the goodput is 0.
+        stride: from one rate to the next; less than 2 where `start_rps` is a good guess.
 
     Raises ValueError for a target, a rate or a tolerance that is none, and for an attainment that meets the
     target at any rate.
@@ -55,6 +57,8 @@ def find_goodput(
         raise ValueError(f"target is {target!r}, expected a share above 0, up to 1")
     for name, value in (("start_rps", start_rps), ("tolerance", tolerance), ("lowest_rps", lowest_rps)):
         require_positive(name, value)
+    if stride <= 1:
+        raise ValueError(f"stride is {stride!r}, expected more than 1")
     tried: dict[float, float] = {}
 
     def meets(rate_rps: float) -> bool:
@@ -63,14 +67,14 @@ def find_goodput(
 
     low = high = start_rps
     if meets(start_rps):
-        while meets(high := 2 * low):
+        while meets(high := stride * low):
             low = high
             if low > HIGHEST_RPS:
                 raise ValueError(f"the target is met at {low:g} requests/s still: this has no limit")
     else:
-        while not meets(low := high / 2):
+        while not meets(low := high / stride):
             high = low
-            if low < 2 * lowest_rps:
+            if low < stride * lowest_rps:
                 return _found(0.0, tried)
     while high > low * (1 + tolerance):
         middle = (low * high) ** 0.5

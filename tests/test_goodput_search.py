@@ -14,17 +14,18 @@ from deploy.goodput_search import LOWEST_RPS, find_goodput
 limits = st.floats(min_value=2 * LOWEST_RPS, max_value=1e4)
 starts = st.floats(min_value=1e-2, max_value=1e3)
 tolerances = st.sampled_from([0.005, 0.02, 0.3])
+strides = st.sampled_from([1.1, 2.0])
 
 
 def falls_at(limit_rps: float) -> Callable[[float], float]:
     return lambda rate_rps: 1.0 if rate_rps <= limit_rps else 0.5
 
 
-@given(limits, starts, tolerances)
+@given(limits, starts, tolerances, strides)
 def test_the_result_is_within_the_tolerance_below_the_limit(
-    limit_rps: float, start_rps: float, tolerance: float
+    limit_rps: float, start_rps: float, tolerance: float, stride: float
 ) -> None:
-    found = find_goodput(falls_at(limit_rps), start_rps=start_rps, tolerance=tolerance)
+    found = find_goodput(falls_at(limit_rps), start_rps=start_rps, tolerance=tolerance, stride=stride)
     assert found.attainment == 1.0
     assert limit_rps / (1 + tolerance) * (1 - 1e-9) <= found.rate_rps <= limit_rps
 

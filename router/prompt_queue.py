@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import insort
+from bisect import bisect_right, insort
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,6 +26,27 @@ class PendingPrompt(NamedTuple):
     name: str
     tokens: int
     bound_s: float
+
+
+class _Schedule(NamedTuple):
+    """The prompts that can make their deadlines, in order; the others are computed last (S-EDF).
+
+    Attributes:
+        keys: of the prompts.
+        ahead_s: work of each and of those before it.
+        from_s, until_s: when it was made, and when the first of them will be too late.
+    """
+
+    prompts: list[PendingPrompt]
+    keys: list[float]
+    ahead_s: list[float]
+    from_s: float
+    until_s: float
+
+    def position(self, deadline_s: float) -> int:
+        """Of a new prompt with that deadline. The one that is being computed goes on to the end of its chunk
+        at least; that it is the first is as good a guess as any."""
+        return max(1, bisect_right(self.keys, deadline_s))
 
 
 class PromptPool:
@@ -63,7 +84,17 @@ class PromptQueue:
         work_s, tokens: sums over the prompts.
     """
 
-    __slots__ = ("_by_name", "_number", "_pool", "_prompts", "_since_s", "by_deadline", "tokens", "work_s")
+    __slots__ = (
+        "_by_name",
+        "_number",
+        "_pool",
+        "_prompts",
+        "_schedule",
+        "_since_s",
+        "by_deadline",
+        "tokens",
+        "work_s",
+    )
 
     def __init__(self, pool: PromptPool | None = None, *, by_deadline: bool = False) -> None:
         """
@@ -76,6 +107,7 @@ class PromptQueue:
         self._by_name: dict[str, PendingPrompt] = {}
         self._number = 0
         self._since_s = 0.0
+        self._schedule: _Schedule | None = None
         self.work_s = 0.0
         self.tokens = 0
 
@@ -102,6 +134,7 @@ class PromptQueue:
         key = deadline_s if self.by_deadline else 0.0
         prompt = PendingPrompt(key, self._number, work_s, deadline_s, name, tokens, bound_s)
         insort(self._prompts, prompt)
+        self._schedule = None
         if self._pool is not None:
             self._pool.add(prompt)
         self._by_name[name] = prompt
@@ -116,6 +149,7 @@ class PromptQueue:
             return None
         was_first = self._prompts[0] is prompt
         self._prompts.remove(prompt)
+        self._schedule = None
         if self._pool is not None:
             self._pool.remove(prompt)
         self.work_s = self.work_s - prompt.work_s if self._prompts else 0.0
@@ -139,30 +173,42 @@ class PromptQueue:
         done_s = now_s - self._since_s
         if not self.by_deadline:
             return max(0.0, self.work_s - done_s)
-        ahead_s = 0.0
-        for prompt in self._in_time(now_s):
-            # The one that is being computed goes on to the end of its chunk at least; that it is the first
-            # is as good a guess as any.
-            if ahead_s and prompt.key > deadline_s:
-                break
-            ahead_s += prompt.work_s
-        return max(0.0, ahead_s - done_s)
+        schedule = self._scheduled(now_s)
+        if not schedule.prompts:
+            return 0.0
+        return max(0.0, schedule.ahead_s[schedule.position(deadline_s) - 1] - done_s)
 
     def behind(self, deadline_s: float, now_s: float) -> Iterator[tuple[PendingPrompt, float]]:
         """The prompts that a new one with that deadline would delay, each with the time at which it would
         have its token without it."""
-        if not self.by_deadline:
+        if not self.by_deadline or len(self._prompts) < 2:
             return
-        end_s = self._since_s
-        for position, prompt in enumerate(self._in_time(now_s)):
-            end_s = max(end_s + prompt.work_s, now_s)
-            if position and prompt.key > deadline_s:
-                yield prompt, end_s
+        schedule = self._scheduled(now_s)
+        first = schedule.position(deadline_s)
+        if first >= len(schedule.prompts):
+            return
+        # The first is not done before now.
+        begun_s = max(self._since_s, now_s - schedule.ahead_s[0])
+        for prompt, ahead_s in zip(schedule.prompts[first:], schedule.ahead_s[first:], strict=True):
+            yield prompt, begun_s + ahead_s
 
-    def _in_time(self, now_s: float) -> Iterator[PendingPrompt]:
-        """Those that can make their deadlines still; the others are computed last (S-EDF)."""
-        begun_s = self._since_s
+    def _scheduled(self, now_s: float) -> _Schedule:
+        schedule = self._schedule
+        if schedule is None or not schedule.from_s <= now_s <= schedule.until_s:
+            schedule = self._schedule = self._made(now_s)
+        return schedule
+
+    def _made(self, now_s: float) -> _Schedule:
+        prompts: list[PendingPrompt] = []
+        ahead_s: list[float] = []
+        begun_s, total_s, until_s = self._since_s, 0.0, math.inf
         for prompt in self._prompts:
-            if begun_s + prompt.work_s <= prompt.deadline_s:
-                yield prompt
+            latest_s = prompt.deadline_s - prompt.work_s
+            if begun_s <= latest_s:
+                if prompts:
+                    until_s = min(until_s, latest_s)
                 begun_s = now_s
+                total_s += prompt.work_s
+                prompts.append(prompt)
+                ahead_s.append(total_s)
+        return _Schedule(prompts, [prompt.key for prompt in prompts], ahead_s, now_s, until_s)

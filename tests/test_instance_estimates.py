@@ -106,3 +106,41 @@ def test_a_pool_has_the_prompts_of_all_its_queues() -> None:
     assert (pool.bounds, pool.work_s) == ({20.0: 1}, 2.0)
     one.remove("b", 1.0)
     assert (pool.bounds, pool.work_s) == ({}, 0.0)
+
+
+def _one_by_one(
+    prompts: list[tuple[float, float]], deadline_s: float, now_s: float
+) -> tuple[float, list[tuple[str, float]]]:
+    """Wait and those behind, of prompts (work, deadline) that came at 0 s: as S-EDF says it."""
+    in_time, begun_s = [], 0.0
+    for number, (work_s, due_s) in sorted(enumerate(prompts), key=lambda entry: (entry[1][1], entry[0])):
+        if begun_s + work_s <= due_s:
+            in_time.append((str(number), work_s, due_s))
+            begun_s = now_s
+    ahead_s, end_s, behind = 0.0, 0.0, []
+    for position, (name, work_s, due_s) in enumerate(in_time):
+        end_s = max(end_s + work_s, now_s)
+        if position and due_s > deadline_s:
+            behind.append((name, end_s))
+        else:
+            ahead_s += work_s
+    return max(0.0, ahead_s - now_s), behind
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 5), st.floats(0, 20)), max_size=8),
+    st.lists(st.tuples(st.floats(0, 20), st.floats(0, 10)), min_size=1, max_size=5),
+)
+def test_an_order_by_deadline_is_kept_up_as_time_passes(
+    prompts: list[tuple[float, float]], asked: list[tuple[float, float]]
+) -> None:
+    queue = PromptQueue(by_deadline=True)
+    for number, (work_s, due_s) in enumerate(prompts):
+        queue.add(str(number), work_s, due_s, now_s=0.0)
+    for deadline_s, now_s in asked:
+        wait_s, behind = _one_by_one(prompts, deadline_s, now_s)
+        if prompts:
+            assert queue.wait_s(deadline_s, now_s) == pytest.approx(wait_s)
+        found = [(prompt.name, end_s) for prompt, end_s in queue.behind(deadline_s, now_s)]
+        assert [name for name, _ in found] == [name for name, _ in behind]
+        assert [end_s for _, end_s in found] == pytest.approx([end_s for _, end_s in behind])

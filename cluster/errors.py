@@ -151,6 +151,25 @@ class RejectedForOthers(ServingError):
         )
 
 
+class TooLate(ServingError):
+    """The first token did not come within the time that its SLO makes sense of. Facts: `stage`, `waited_s`,
+    `bound_s` (on its TTFT)."""
+
+    retryable = True
+    http_status = 429
+    reason = "rejected-ttl-expired"
+
+    stage: str
+    waited_s: float
+    bound_s: float
+
+    def describe(self) -> str:
+        return (
+            f"no first token after {self.waited_s:.3g} s (stage {self.stage}), its bound was "
+            f"{self.bound_s * 1e3:g} ms: the answer would be too late"
+        )
+
+
 class InstanceLost(ServingError):
     """An instance died or became unreachable while it held the request. Facts: `instance`, `stage`."""
 

@@ -80,6 +80,8 @@ class DeadlineSpec(Frozen):
         transfer_s: from the hand-over to the first token of the decode instance.
         stall_s: between two output tokens of a running decode.
         attempts: engines tried in all before the request ends with the last error.
+        ttft_patience: how many times its TTFT bound a request is waited for; then it is ended, as an answer
+            that late would only delay those of others.
         startup_s: for an instance to become READY.
         drain_s: for running requests to end when the cluster goes down.
     """
@@ -88,6 +90,7 @@ class DeadlineSpec(Frozen):
     transfer_s: PositiveFloat = 30.0
     stall_s: PositiveFloat = 60.0
     attempts: PositiveInt = 3
+    ttft_patience: float = Field(default=2.0, ge=1)
     startup_s: PositiveFloat = 900.0
     drain_s: PositiveFloat = 30.0
 

@@ -11,7 +11,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from cluster.errors import EngineFailure, InstanceLost, ServingError, StageTimeout
+from cluster.errors import EngineFailure, InstanceLost, ServingError, StageTimeout, TooLate
 from cluster.handle import KvHandle
 from cluster.request import Handoff, ServeRequest, Stage, Timeline
 from router.claim import Claim
@@ -237,9 +237,12 @@ class Run:
         return prompt + self.generated[:sent] if sent else prompt
 
     async def _started(self, hop: Hop, deadline_s: float) -> None:
+        patience_s = self._patience_s()
         try:
-            await hop.until_started(deadline_s)
+            await hop.until_started(min(deadline_s, patience_s))
         except TimeoutError:
+            if patience_s < deadline_s:
+                raise self._too_late() from None
             raise self._timeout(hop, deadline_s) from None
         if self.timeline.first_token_s is None and self.generated:
             self.timeline.first_token_s = self._now()
@@ -250,6 +253,20 @@ class Run:
             await hop.until_ended(stall_s)
         except TimeoutError:
             raise self._timeout(hop, stall_s) from None
+
+    def _patience_s(self) -> float:
+        """What is left of the time for which its first token is waited for."""
+        if self.generated:
+            return math.inf
+        longest_s = self._router.deadlines.ttft_patience * self.request.slo.ttft_s
+        return max(0.0, self.timeline.arrived_s + longest_s - self._now())
+
+    def _too_late(self) -> TooLate:
+        return TooLate(
+            stage=self.stage.value,
+            waited_s=self._now() - self.timeline.arrived_s,
+            bound_s=self.request.slo.ttft_s,
+        )
 
     def _timeout(self, hop: Hop, deadline_s: float) -> StageTimeout:
         return StageTimeout(stage=self.stage.value, instance=hop.instance_id, deadline_s=deadline_s)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import Draining, EngineFailure, NoInstance, ReplayDiverged, StageTimeout
-from cluster.request import Handoff, ServeRequest
+from cluster.errors import Draining, EngineFailure, NoInstance, ReplayDiverged, StageTimeout, TooLate
+from cluster.request import Handoff, ServeRequest, Slo
 from cluster.spec import DeadlineSpec
 from router.hop import HopKind
 from router.policy import Decision
@@ -168,6 +168,31 @@ async def test_nothing_ready_is_refused_at_once() -> None:
     with pytest.raises(NoInstance, match="no decode instance is ready"):
         cluster.submit("r", PROMPT, 20)
     assert cluster.router.pending == 0
+
+
+@pytest.mark.parametrize("handoff", list(Handoff))
+async def test_who_waits_far_beyond_its_bound_is_told(handoff: Handoff) -> None:
+    """Whichever engine its first token shall come from; and nobody else is tried, as it is too late there."""
+    cluster = TwinCluster("prefill-0", "prefill-1", "decode-0", "decode-1")
+    for instance in cluster.instances.values():
+        instance.stalls_at = 0
+    cluster.submit("r", PROMPT, 9, handoff, slo=Slo(ttft_s=0.02))
+    await cluster.settle()
+    error = cluster.errors["r"]
+    assert isinstance(error, TooLate)
+    assert error.waited_s >= 2 * error.bound_s
+    assert (error.http_status, error.reason) == (429, "rejected-ttl-expired")
+    assert len([hop for i in cluster.instances.values() for hop in i.sent]) == 1
+    cluster.assert_nothing_held()
+
+
+async def test_who_has_a_token_is_not_too_late() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0", deadlines=QUICK)
+    cluster.instances["decode-0"].stalls_at = 0
+    cluster.submit("r", PROMPT, 9, slo=Slo(ttft_s=0.001))
+    await cluster.settle()
+    assert isinstance(cluster.errors["r"], StageTimeout)
+    cluster.assert_nothing_held()
 
 
 @pytest.mark.parametrize("stalled", ["prefill-0", "decode-0"])

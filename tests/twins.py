@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from cluster.errors import ServingError
 from cluster.instance import EngineFacts, Fingerprint, InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
-from cluster.request import Handoff, ServeRequest
+from cluster.request import NO_SLO, Handoff, ServeRequest, Slo
 from cluster.sim_engine import tokens_after
 from cluster.spec import DeadlineSpec
 from cluster.wire import FINISH_LENGTH, PrefillCounts, TokenOutput
@@ -169,10 +169,15 @@ class TwinCluster:
         self.forgotten.append(request_id)
 
     def submit(
-        self, request_id: str, prompt: list[int], max_tokens: int, handoff: Handoff = Handoff.TOKENS
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        handoff: Handoff = Handoff.TOKENS,
+        slo: Slo = NO_SLO,
     ) -> ServeRequest:
         request = ServeRequest(
-            request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, handoff=handoff
+            request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, handoff=handoff, slo=slo
         )
         self.router.submit(request)
         return request

@@ -5,6 +5,7 @@ Made with the decision, so that the next decision sees it; given back in parts, 
 
 from __future__ import annotations
 
+from cluster.instance import Role
 from cluster.request import ServeRequest
 from router.fleet import Fleet, L
 from router.policy import Decision
@@ -59,7 +60,7 @@ class Claim:
         if self._prefill is not None:
             self._prefill.prompts.add(
                 self._name,
-                predicted.work_s,
+                predicted.work_s * self._prefill.prefill_pace.factor,
                 now_s + request.slo.ttft_s,
                 now_s,
                 tokens=tokens - predicted.cached_tokens,
@@ -100,11 +101,14 @@ class Claim:
         predicted = self._decision.predicted
         if instance is None or predicted is None:
             return
-        instance.prompts.remove(self._name, now_s, is_served=is_served)
-        # Behind a queue it would tell more of the others, who may have overtaken it, than of the instance.
-        is_as_decided = instance.instance_id == self._decision.prefill
-        if is_served and is_as_decided and predicted.queue_s < predicted.stage_s / 4:
-            instance.prefill_pace.learn(predicted.stage_s, now_s - self._since_s)
-            if self._predictor is not None and not predicted.queue_s:
-                tokens = self._tokens - predicted.cached_tokens
-                self._predictor.prefilled(instance.info.role, tokens, now_s - self._since_s)
+        took_s = instance.prompts.remove(self._name, now_s, is_served=is_served)
+        if not is_served or instance.instance_id != self._decision.prefill:
+            return
+        pace, stage_s = instance.prefill_pace, now_s - self._since_s
+        if instance.info.role is Role.PREFILL and took_s is not None:
+            pace.worked(predicted.work_s, took_s)
+        if predicted.queue_s:
+            pace.came(predicted.ttft_s, stage_s)
+        elif self._predictor is not None:
+            # Behind a queue it would tell more of the others, who may have overtaken it, than of itself.
+            self._predictor.prefilled(instance.info.role, self._tokens - predicted.cached_tokens, stage_s)

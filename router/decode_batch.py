@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from router.pace import chance
+
 
 class DecodingRequest(NamedTuple):
     """A request of a batch.
@@ -29,7 +31,16 @@ class DecodeBatch:
         iteration_s: of the batch as it is, where somebody has computed it; None after every change.
     """
 
-    __slots__ = ("_pool", "_requests", "bounds", "context_tokens", "iteration_s", "peak_tokens")
+    __slots__ = (
+        "_chances",
+        "_chances_at",
+        "_pool",
+        "_requests",
+        "bounds",
+        "context_tokens",
+        "iteration_s",
+        "peak_tokens",
+    )
 
     def __init__(self, pool: dict[float, int] | None = None) -> None:
         """
@@ -39,6 +50,8 @@ class DecodeBatch:
         self._pool = pool
         self._requests: dict[str, DecodingRequest] = {}
         self.iteration_s: float | None = None
+        self._chances: dict[float, float] = {}
+        self._chances_at: tuple[float, float] = (0.0, 0.0)
         self.context_tokens = 0
         self.peak_tokens = 0
         self.bounds: dict[float, int] = {}
@@ -71,6 +84,17 @@ class DecodeBatch:
         self.context_tokens -= request.context_tokens
         self.peak_tokens -= request.peak_tokens
         self._count(request.tpot_s, -1)
+
+    def chance(self, bound_s: float, expected_s: float, spread: float) -> float:
+        """As `pace.chance`; kept, as between two changes of the batch everybody asks for the same."""
+        at = expected_s, spread
+        if at != self._chances_at:
+            self._chances_at = at
+            self._chances.clear()
+        found = self._chances.get(bound_s)
+        if found is None:
+            found = self._chances[bound_s] = chance(bound_s, expected_s, spread)
+        return found
 
     def leave_pool(self) -> None:
         """The pool has no such instance any more."""

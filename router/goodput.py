@@ -25,7 +25,7 @@ KV_SHARE = 0.95
 # Differences of expected requests that mean nothing: then the one that is done soonest is taken.
 INDIFFERENT = 0.005
 # What others lose is not known better than that.
-HARM_ERROR = 0.05
+HARM_ERROR = 0.1
 # Instances that are looked at for that; with twice as many, twice the difference is enough to stop.
 PATIENCE = 4
 # Who has less than that where it is best is not looked for a better place: it will be rejected.
@@ -44,7 +44,7 @@ class _Choice(NamedTuple):
         own: this request's chance to keep its bound there.
         harm: others' expected loss, in requests.
         seconds: predicted TTFT, or TPOT.
-        raw_s: the same without the instance's factor.
+        raw_s: TPOT without the instance's factor.
         queue_s: until its prompt is begun.
         work_s: what it adds to the queue, without the instance's factor.
         cached: tokens of it that need no computing.
@@ -152,10 +152,9 @@ class Goodput:
             candidates=((names[0], prefill.own), (names[1], decode.own)),
             predicted=Prediction(
                 queue_s=prefill.queue_s,
-                work_s=prefill.work_s * prefill.instance.prefill_pace.factor,
+                work_s=prefill.work_s,
                 ttft_s=prefill.seconds,
                 tpot_s=decode.seconds,
-                stage_s=prefill.raw_s,
                 iteration_s=decode.raw_s,
                 output_tokens=output,
                 chance=odds,
@@ -185,22 +184,22 @@ class Goodput:
         more_s = work_s * pace.factor
         deadline_s = now_s + bound_s
         queue_s = queue.wait_s(deadline_s, now_s)
-        seconds = queue_s + alone_s * pace.factor
+        late_s = pace.late_s if queue_s else 0.0
+        seconds = queue_s + alone_s * pace.factor + late_s
+        spread = pace.spread(seconds, queue_s)
         harm = 0.0
         for prompt, end_s in queue.behind(deadline_s, now_s):
-            harm += _less(prompt.deadline_s - now_s, end_s - now_s, more_s, pace.spread)
+            harm += _less(prompt.deadline_s - now_s, end_s - now_s + late_s, more_s, spread)
         # And those that will come while it waits, or is computed.
         common = tuple(
-            count * _less(other_s, queue.wait_s(now_s + other_s, now_s) + usual.work_s, more_s, pace.spread)
+            count
+            * _less(other_s, queue.wait_s(now_s + other_s, now_s) + usual.work_s + late_s, more_s, spread)
             if bound_s <= other_s or not queue.by_deadline
             else 0.0
             for other_s, count in usual.ttft
         )
-        own = chance(bound_s, seconds, pace.spread)
-        raw_s = queue_s / pace.factor + alone_s
-        return _Choice(
-            instance, own, harm + sum(common), seconds, raw_s, queue_s, work_s, found, True, common
-        )
+        own = chance(bound_s, seconds, spread)
+        return _Choice(instance, own, harm + sum(common), seconds, 0.0, queue_s, work_s, found, True, common)
 
     def _prefill_among(
         self,
@@ -215,24 +214,25 @@ class Goodput:
         found, alone_s, work_s = self._prompt_s(request, instance, cached)
         batch_s = self._predictor.batch_s(instance)
         queue_s = instance.prompts.wait_s(now_s + request.slo.ttft_s, now_s) + batch_s / 2
-        raw_s = queue_s / pace.factor + alone_s + batch_s
-        seconds = raw_s * pace.factor
-        own = chance(request.slo.ttft_s, seconds, pace.spread)
+        seconds = queue_s + (alone_s + batch_s) * pace.factor + pace.late_s
+        own = chance(request.slo.ttft_s, seconds, pace.spread(seconds, queue_s))
         before_s = self._tpot_s(instance, batch_s)
         after_s = self._tpot_s(instance, batch_s, work_s)
         harm, common = _lost(instance, usual.tpot, before_s, after_s)
         fits = instance.has_room(len(request.prompt_token_ids), KV_SHARE)
-        return _Choice(instance, own, harm, seconds, raw_s, queue_s, work_s, found, fits, common)
+        return _Choice(instance, own, harm, seconds, 0.0, queue_s, work_s, found, fits, common)
 
     def _decode(self, request: ServeRequest, instance: InstanceView, output: int, usual: _Usual) -> _Choice:
-        pace, prompt = instance.decode_pace, len(request.prompt_token_ids)
-        before_s = self._tpot_s(instance, self._predictor.batch_s(instance))
+        # The inner loop of a decision: sixteen of them among 32 instances.
+        pace, slo_s = instance.decode_pace, request.slo.tpot_s
+        prompt = len(request.prompt_token_ids)
         raw_s = self._predictor.iteration_s(instance, 1, prompt + output // 2)
         after_s = self._tpot_s(instance, raw_s)
+        before_s = after_s - (raw_s - self._predictor.batch_s(instance)) * pace.factor
         harm, common = _lost(instance, usual.tpot, before_s, after_s)
-        own = chance(request.slo.tpot_s, after_s, pace.spread)
+        own = chance(slo_s, after_s, pace.spread)
         fits = instance.has_room(prompt + output, KV_SHARE)
-        return _Choice(instance, own, harm, after_s, raw_s, fits=fits, common=common)
+        return _Choice(instance, own, harm, after_s, raw_s, 0.0, 0.0, 0, fits, common)
 
     def _by_batch(self, instance: InstanceView) -> float:
         batch_s = instance.decodes.iteration_s
@@ -282,8 +282,8 @@ def _search(
             lightest = choice = weigh(ordered[low])
             low += 1
         choices.append(choice)
-        if choice.fits:
-            most = max(most, choice.kept(weight))
+        if choice.fits and (kept := choice.own * weight - choice.harm) > most:
+            most = kept
         if most == -math.inf:
             continue  # nobody with room yet, however little of its chance is left
         assert lightest is not None
@@ -293,7 +293,10 @@ def _search(
         if heaviest is not None:
             bound -= sum(map(min, lightest.common, heaviest.common))
         # The longer it is looked for, the less a better one is worth the search.
-        slack = INDIFFERENT * max(1.0, len(choices) / PATIENCE) + HARM_ERROR * max(0.0, weight - most)
+        seen = len(choices)
+        slack = INDIFFERENT * (seen / PATIENCE if seen > PATIENCE else 1.0)
+        if most < weight:
+            slack += HARM_ERROR * (weight - most)
         if most >= bound - slack:
             break
     return _best(choices, weight)
@@ -312,14 +315,15 @@ def _lost(
 ) -> tuple[float, tuple[float, ...]]:
     """Requests that slower iterations lose, of those that are there and the usual ones; and by bound, what
     they would lose of the usual ones and the fewest that are anywhere."""
-    bounds, spread = instance.decodes.bounds, instance.decode_pace.spread
+    batch, spread = instance.decodes, instance.decode_pace.spread
+    bounds = batch.bounds
     lost = 0.0
     common = []
     for bound_s, count, least in usual:
         less = 0.0
         # Far on either side of a bound nothing changes.
         if CLEAR * bound_s < after_s and before_s < bound_s / CLEAR:
-            less = chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread)
+            less = batch.chance(bound_s, before_s, spread) - chance(bound_s, after_s, spread)
             lost += less * (count + bounds.get(bound_s, 0))
         common.append(less * (count + least))
     return lost, tuple(common)

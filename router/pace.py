@@ -55,6 +55,68 @@ class Pace:
         self.spread = max(LEAST_SPREAD, min(MOST_SPREAD, self._error))
 
 
+# An instance's speed is told from so many seconds of work: a prompt alone may wait for an iteration's end, or
+# end with others in one.
+WINDOW_S = 0.5
+# The first few behind a queue are averaged, then each moves the estimate by this part of its error, and none
+# by more than so many usual errors.
+LATE_GAIN, MOST_LATE = 0.02, 3.0
+
+
+class PromptPace:
+    """Of an instance's prompts: how much longer their work takes, and what comes on top behind a queue.
+
+    A queue is work that adds up, to a factor. Whoever waited in it also shares an iteration with those behind
+    it, and waits for its end: that is of one length, however long the queue was. So is the error that is
+    left.
+
+    Attributes:
+        late_s: what comes on top.
+    """
+
+    __slots__ = ("_error_s", "_pace", "_seen", "_took_s", "_work_s", "late_s")
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+        self._work_s = self._took_s = 0.0
+        self._seen = 0
+        self._error_s = 0.0
+        self.late_s = 0.0
+
+    @property
+    def factor(self) -> float:
+        """What to multiply predicted work with."""
+        return self._pace.factor
+
+    def spread(self, expected_s: float, queue_s: float) -> float:
+        """Usual error, relative, of a prompt that shall have its token after so long, of which it waits
+        `queue_s`."""
+        if queue_s <= 0 or expected_s <= 0:
+            return self._pace.spread
+        return min(MOST_SPREAD, max(self._pace.spread, self._error_s / expected_s))
+
+    def worked(self, work_s: float, took_s: float) -> None:
+        """It worked for so long on what was predicted, without the factor, to take `work_s`."""
+        self._work_s += work_s
+        self._took_s += took_s
+        if self._work_s >= WINDOW_S:
+            self._pace.learn(self._work_s, self._took_s)
+            self._work_s = self._took_s = 0.0
+
+    def came(self, predicted_s: float, actual_s: float) -> None:
+        """A prompt that waited in a queue had its token after so long."""
+        self._seen += 1
+        error_s = actual_s - predicted_s
+        if self._seen > 1:
+            most_s = MOST_LATE * self._error_s
+            error_s = max(-most_s, min(most_s, error_s)) if most_s else error_s
+        gain = max(LATE_GAIN, 1 / self._seen)
+        self.late_s += gain * error_s
+        # No history makes an instance look dead, or done before it began.
+        self.late_s = max(-predicted_s / 2, min(predicted_s, self.late_s))
+        self._error_s += gain * (abs(error_s) - self._error_s)
+
+
 def chance(bound_s: float, expected_s: float, spread: float) -> float:
     """Probability (0 to 1) that what shall take `expected_s`, with errors of `spread`, keeps a bound.
 

@@ -79,20 +79,20 @@ class _Times:
 
     def ttft_s(self, instance: InstanceView) -> float:
         alone_s, _ = self._prefill_s(instance)
-        return self._queue_s(instance) + alone_s * instance.prefill_pace.factor
+        pace, queue_s = instance.prefill_pace, self._queue_s(instance)
+        return queue_s + alone_s * pace.factor + (pace.late_s if queue_s else 0.0)
 
     def tbt_s(self, instance: InstanceView) -> float:
         return self._iteration_s(instance) * instance.decode_pace.factor
 
     def decision(self, prefill: InstanceView, decode: InstanceView, *, chance: float) -> Decision:
         """The decision for these two."""
-        ttft_s, tbt_s, factor = self.ttft_s(prefill), self.tbt_s(decode), prefill.prefill_pace.factor
+        ttft_s, tbt_s = self.ttft_s(prefill), self.tbt_s(decode)
         predicted = Prediction(
             queue_s=self._queue_s(prefill),
-            work_s=self._prefill_s(prefill)[1] * factor,
+            work_s=self._prefill_s(prefill)[1],
             ttft_s=ttft_s,
             tpot_s=tbt_s,
-            stage_s=ttft_s / factor,
             iteration_s=self._iteration_s(decode),
             output_tokens=self.output,
             chance=chance,

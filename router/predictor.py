@@ -31,9 +31,8 @@ class Prediction:
 
     Attributes:
         queue_s: until its prompt begins to be computed.
-        work_s: what it adds to the queue.
+        work_s: what it adds to the queue, without the instance's factor.
         ttft_s, tpot_s: as its SLO counts them.
-        stage_s: from the decision to the first token, without the instance's factor.
         iteration_s: of the decode batch with it, without the instance's factor.
         output_tokens: of its answer.
         chance: to keep its SLO, 0 to 1.
@@ -44,7 +43,6 @@ class Prediction:
     work_s: float
     ttft_s: float
     tpot_s: float
-    stage_s: float
     iteration_s: float
     output_tokens: int
     chance: float
@@ -58,7 +56,6 @@ class Prediction:
             work_s=0.0,
             ttft_s=0.0,
             tpot_s=0.0,
-            stage_s=0.0,
             iteration_s=0.0,
             output_tokens=output_tokens,
             chance=1.0,

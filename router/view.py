@@ -10,7 +10,7 @@ from typing import Protocol
 from cluster.instance import InstanceInfo, InstanceLoad, Role
 from cluster.request import ServeRequest
 from router.decode_batch import DecodeBatch
-from router.pace import Pace
+from router.pace import Pace, PromptPace
 from router.prefix_index import Prefixes
 from router.prompt_queue import PromptPool, PromptQueue
 
@@ -40,7 +40,7 @@ class InstanceView:
     outstanding_requests: int = 0
     prompts: PromptQueue = field(default_factory=PromptQueue)
     decodes: DecodeBatch = field(default_factory=DecodeBatch)
-    prefill_pace: Pace = field(default_factory=Pace)
+    prefill_pace: PromptPace = field(default_factory=PromptPace)
     decode_pace: Pace = field(default_factory=Pace)
     link: Loaded | None = None
 

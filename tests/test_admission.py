@@ -15,7 +15,7 @@ from router.predictor import Prediction
 
 def predicted(chance: float, ttft_s: float = 0.5, tpot_s: float = 0.02) -> Prediction:
     return Prediction(
-        queue_s=0.1, work_s=0.1, ttft_s=ttft_s, tpot_s=tpot_s, stage_s=0.2, iteration_s=0.02,
+        queue_s=0.1, work_s=0.1, ttft_s=ttft_s, tpot_s=tpot_s, iteration_s=0.02,
         output_tokens=200, chance=chance,
     )  # fmt: skip
 

@@ -18,7 +18,6 @@ PREDICTED = Prediction(
     work_s=0.2,
     ttft_s=0.35,
     tpot_s=0.012,
-    stage_s=0.3,
     iteration_s=0.01,
     output_tokens=64,
     chance=0.9,

@@ -77,7 +77,7 @@ def test_without_bounds_it_takes_the_soonest() -> None:
 def test_a_slow_instance_is_known_by_its_pace() -> None:
     slow, fast = prefill(0), prefill(1, 0.01)
     for _ in range(20):
-        slow.prefill_pace.learn(0.1, 0.19)
+        slow.prefill_pace.worked(1.0, 1.9)
     decision = policy().decide(request(), view_of(slow, fast, decode(0)), 0.0)
     assert decision.prefill == "prefill-1"
 

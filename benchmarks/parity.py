@@ -92,7 +92,8 @@ class Follow:
 
     def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
         decision = self._inner.decide(request, view, now_s)
-        # Asked when a request comes and again when it is served, with the same view.
+        if request.request_id in self.own:  # an instance refused it, or failed it
+            return decision
         self.own[request.request_id] = decision.prefill, decision.decode
         prefill, decode = self._followed.get(request.request_id, self.own[request.request_id])
         return replace(decision, prefill=prefill, decode=decode)

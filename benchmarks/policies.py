@@ -72,7 +72,9 @@ TRAFFIC = {
 def spec_of(gpus: int, policy: str, order: str = "arrival", max_model_len: int = 16_384) -> ClusterSpec:
     """Half of the GPUs for each phase."""
     options = {"max_model_len": max_model_len}
-    spec = load_spec(SPEC, {"policy": policy, "prefill_order": order, "engine_options": options})
+    # What the policies themselves do, without the instances' refusals.
+    keys = {"policy": policy, "prefill_order": order, "prefill_queue": "open", "engine_options": options}
+    spec = load_spec(SPEC, keys)
     pools = {
         role: getattr(spec, role).model_copy(update={"count": gpus // 2 // spec.prefill.ranks})
         for role in ("prefill", "decode")

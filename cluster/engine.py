@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from cluster.errors import ServingError
 from cluster.instance import EngineFacts
-from cluster.wire import Blocks, Load
+from cluster.wire import Blocks, Load, Offer
 
 Frames = Sequence[Any]
 
@@ -68,3 +68,32 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """End the engine and free what it holds."""
         ...
+
+
+class Doorman(Protocol):
+    """Decides whether an instance takes a request, before its engine hears of it. All times are `now_s`, on
+    one clock."""
+
+    def asked(self, offer: Offer, now_s: float) -> float | None:
+        """Take a request (None), or refuse it: then the seconds until its prompt could begin."""
+        ...
+
+    def answered(self, request_ids: Iterable[str], now_s: float) -> None:
+        """Requests have tokens, the first one or a further one."""
+        ...
+
+    def left(self, request_ids: Iterable[str], now_s: float) -> None:
+        """Requests are gone; unknown ids are no error."""
+        ...
+
+
+def tell_doorman(doorman: Doorman, outputs: Iterable[Any], now_s: float) -> None:
+    """A doorman hears of the outputs of an engine's step."""
+    answered, ended = [], []
+    for output in outputs:
+        if output.new_token_ids:
+            answered.append(output.request_id)
+        elif output.finish_reason is not None:
+            ended.append(output.request_id)
+    doorman.answered(answered, now_s)
+    doorman.left(ended, now_s)

@@ -170,6 +170,24 @@ class TooLate(ServingError):
         )
 
 
+class InstanceBusy(ServingError):
+    """An instance refused a request, as it would be late there. Facts: `instance`, `wait_s` (until its
+    prompt could begin), `retry_after_s`."""
+
+    retryable = True
+    http_status = 429
+    reason = "rejected-saturated"
+
+    instance: str
+    wait_s: float
+    retry_after_s: int = 1
+
+    def describe(self) -> str:
+        return (
+            f"instance {self.instance} is busy for {self.wait_s:.3g} s; try again in {self.retry_after_s} s"
+        )
+
+
 class InstanceLost(ServingError):
     """An instance died or became unreachable while it held the request. Facts: `instance`, `stage`."""
 

@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from cluster import wire
-from cluster.engine import Engine, EngineDied
+from cluster.engine import Doorman, Engine, EngineDied, tell_doorman
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,21 @@ def set_liveness(socket: zmq.asyncio.Socket) -> None:
 class EngineHost:
     """Moves requests and outputs between an engine and its ingresses."""
 
-    def __init__(self, engine: Engine, *, engine_name: str, instance_id: str, incarnation: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        engine_name: str,
+        instance_id: str,
+        incarnation: str,
+        doorman: Doorman | None = None,
+    ) -> None:
+        """
+        Args:
+            doorman: whom it asks before it takes a request; without one it takes all.
+        """
         self._engine = engine
+        self._doorman = doorman
         self._engine_name = engine_name
         self._welcome = wire.Welcome(instance=instance_id, incarnation=incarnation)
         self._owner: dict[str, bytes] = {}
@@ -112,7 +125,7 @@ class EngineHost:
     async def _handle(self, ingress: bytes, kind: bytes, frames: list[Any]) -> None:
         match kind:
             case wire.ADD:
-                await self._add(ingress, bytes(frames[0]).decode(), frames[1:])
+                await self._add(ingress, msgspec.msgpack.decode(frames[0], type=wire.Offer), frames[1:])
             case wire.ABORT:
                 request_ids = msgspec.msgpack.decode(frames[0], type=list[str])
                 self._engine.abort(request_ids)
@@ -131,11 +144,16 @@ class EngineHost:
             case _:
                 raise ValueError(f"unknown kind {kind!r}")
 
-    async def _add(self, ingress: bytes, request_id: str, frames: list[Any]) -> None:
+    async def _add(self, ingress: bytes, offer: wire.Offer, frames: list[Any]) -> None:
+        request_id, doorman = offer.request_id, self._doorman
+        if doorman is not None and (wait_s := doorman.asked(offer, self._now())) is not None:
+            await self._send(ingress, [wire.BUSY, wire.pack(wire.Busy(request_id, wait_s))])
+            return
         try:
             self._engine.add(frames)
         except Exception as error:  # whatever is wrong with it, its client must hear of it
             logger.exception("request %s can't be taken", request_id)
+            self._forget([request_id])
             refusal = wire.Unreadable(request_id=request_id, why=f"{type(error).__name__}: {error}")
             await self._send(ingress, [wire.UNREADABLE, wire.pack(refusal)])
             return
@@ -168,6 +186,8 @@ class EngineHost:
         while True:
             step = await self._engine.outputs()
             self.steps += 1
+            if self._doorman is not None:
+                tell_doorman(self._doorman, step.outputs, self._now())
             load = wire.pack(self._engine.load())
             with_stats = True
             for ingress, members in self._by_ingress(step).items():
@@ -235,5 +255,11 @@ class EngineHost:
     def _forget(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self._owner.pop(request_id, None)
+        if self._doorman is not None:
+            self._doorman.left(request_ids, self._now())
         if not self._owner:
             self._idle.set()
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

@@ -22,6 +22,12 @@ class IngressMetrics:
             ["cause", "stage"],
             registry=registry,
         )
+        self.refusals = Counter(
+            "pdserve_refusals",
+            "Requests that an instance was too busy to take, and that were offered elsewhere",
+            ["role"],
+            registry=registry,
+        )
         self.instances = Gauge(
             "pdserve_instances", "Instances this ingress reaches", ["role", "state"], registry=registry
         )

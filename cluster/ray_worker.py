@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from cluster.engine import Doorman
 from cluster.errors import ServingError
 from cluster.instance import Role
 from cluster.spec import ClusterSpec
@@ -19,7 +20,7 @@ class WorkerShell:
     Args:
         controller: the controller's actor handle, told every phase of the start.
         cores: CPU cores of the ranks, in vLLM's notation; CPU clusters only.
-        twin_parts: see `Worker`.
+        twin_parts, doorman: see `Worker`.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class WorkerShell:
         cores: str,
         controller: Any,
         twin_parts: TwinParts | None = None,
+        doorman: Doorman | None = None,
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         self._worker = Worker(
@@ -45,6 +47,7 @@ class WorkerShell:
             phase_options=phase_options,
             on_phase=lambda phase: controller.progress.remote(instance_id, incarnation, phase),
             twin_parts=twin_parts,
+            doorman=doorman,
         )
 
     async def start(self) -> Ready:

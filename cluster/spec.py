@@ -173,6 +173,8 @@ class ClusterSpec(Frozen):
         slo: classes of requests.
         prefill_order: which prompt goes first: the one that came first, or the one that is due first, for
             which another gives way between two of its chunks.
+        prefill_queue: whether a prefill instance refuses a prompt that would wait there for longer than its
+            bound, or than `deadlines.prefill_s`, and the router offers it to another; `open` takes all.
         decode_admission: when a request is let into the memory of a decode instance: when there are
             `free_blocks` for it now, or when it fits at the `predicted_peak` of all that are there.
     """
@@ -194,6 +196,7 @@ class ClusterSpec(Frozen):
     policy: str = "goodput"
     slo: SloSpec = Field(default_factory=SloSpec)
     prefill_order: Literal["arrival", "deadline"] = "arrival"
+    prefill_queue: Literal["bounded", "open"] = "bounded"
     decode_admission: Literal["free_blocks", "predicted_peak"] = "free_blocks"
 
     @model_validator(mode="after")

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import msgspec
 
-WIRE_VERSION: Final = 2
+WIRE_VERSION: Final = 3
 
 # ingress -> instance
 HELLO: Final = b"H"  # header Hello
-ADD: Final = b"A"  # the request's id, then the encoded request
+ADD: Final = b"A"  # header Offer, then the encoded request
 ABORT: Final = b"X"  # header list[str]: request ids
 RELEASE: Final = b"R"  # header list[str]: request ids whose blocks nobody will read
 CALL: Final = b"U"  # header Call
@@ -30,6 +30,7 @@ BLOCKS: Final = b"K"  # header Blocks: how its prefix cache has changed; all of 
 OUTPUTS: Final = b"O"  # header Load, then the encoded outputs
 RESULT: Final = b"V"  # header CallResult
 UNREADABLE: Final = b"J"  # header Unreadable: a request that the engine could not take
+BUSY: Final = b"Q"  # header Busy: a request that the instance is too busy to take
 FATAL: Final = b"F"  # header str: the engine died of this
 
 # Key of `kv_transfer_params` in a request that only tells an engine's connector to release these request ids.
@@ -76,6 +77,21 @@ class Blocks(msgspec.Struct, array_like=True, omit_defaults=True):
     cleared: bool = False
 
 
+class Offer(msgspec.Struct, array_like=True):
+    """A request that the instance shall take, or refuse.
+
+    Attributes:
+        tokens: of its prompt, that must be computed as far as the ingress knows.
+        due_in_s: seconds until its first token is due; None for no bound.
+        must_take: whether it must not be refused, as its client has tokens already, or its KV is there.
+    """
+
+    request_id: str
+    tokens: int
+    due_in_s: float | None = None
+    must_take: bool = False
+
+
 class Call(msgspec.Struct, array_like=True):
     """A call of an engine method that is no request: LoRA, cache reset, ..."""
 
@@ -97,6 +113,13 @@ class Unreadable(msgspec.Struct, array_like=True):
 
     request_id: str
     why: str
+
+
+class Busy(msgspec.Struct, array_like=True):
+    """A request that was refused, and is not in the engine; its prompt could begin after `wait_s` seconds."""
+
+    request_id: str
+    wait_s: float
 
 
 class TokenRequest(msgspec.Struct, array_like=True, omit_defaults=True):

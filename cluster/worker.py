@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cluster.engine import Engine, EngineDied
+from cluster.engine import Doorman, Engine, EngineDied
 from cluster.instance import EngineFacts, InstanceState, Role
 from cluster.latency import LatencyModel
 from cluster.spec import ClusterSpec
@@ -49,11 +49,13 @@ class Worker:
         phase_options: dict[str, Any],
         on_phase: Callable[[str], object],
         twin_parts: TwinParts | None = None,
+        doorman: Doorman | None = None,
     ) -> None:
         """
         Args:
             twin_parts: what a twin gets of its phase, given its latency model: arguments of `SimEngine`;
                 vLLM has its part in `phase_options`.
+            doorman: see `EngineHost`.
         """
         self._spec = spec
         self._role = role
@@ -64,6 +66,7 @@ class Worker:
         self._phase_options = phase_options
         self._on_phase = on_phase
         self._twin_parts = twin_parts
+        self._doorman = doorman
         self._engine: Engine | None = None
         self._exchange: SocketExchange | None = None
         self._hosting: Any = None
@@ -84,7 +87,11 @@ class Worker:
         from cluster.host_zmq import EngineHost
 
         self._hosting = EngineHost(
-            engine, engine_name=name, instance_id=self._instance_id, incarnation=self._incarnation
+            engine,
+            engine_name=name,
+            instance_id=self._instance_id,
+            incarnation=self._incarnation,
+            doorman=self._doorman,
         )
         address = await self._hosting.bind(self._host)
         self.state = InstanceState.READY

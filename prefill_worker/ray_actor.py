@@ -8,7 +8,7 @@ from typing import Any
 from cluster.instance import Role
 from cluster.ray_worker import WorkerShell
 from cluster.spec import ClusterSpec
-from prefill_worker.phase import phase_options, twin_parts
+from prefill_worker.phase import doorman_of, phase_options, twin_parts
 
 
 class PrefillActor(WorkerShell):
@@ -16,5 +16,10 @@ class PrefillActor(WorkerShell):
 
     def __init__(self, spec: ClusterSpec, **place: Any) -> None:
         super().__init__(
-            spec, Role.PREFILL, phase_options(spec), twin_parts=partial(twin_parts, spec), **place
+            spec,
+            Role.PREFILL,
+            phase_options(spec),
+            twin_parts=partial(twin_parts, spec),
+            doorman=doorman_of(spec),
+            **place,
         )

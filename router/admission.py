@@ -44,10 +44,8 @@ class Admission:
         self._tenants.came(request.tenant, now_s)
         if predicted is None:
             return
-        bound_s = min(request.slo.ttft_s, self._longest_s)
-        if predicted.chance < LEAST_CHANCE or predicted.ttft_s > self._longest_s:
-            raise _rejected(request, predicted, bound_s)
-        limit_s = bound_s
+        self.require_chance(request, predicted)
+        limit_s = min(request.slo.ttft_s, self._longest_s)
         why = []
         if self._tenants.is_ahead(request.tenant, now_s):
             limit_s *= 1 - RESERVED
@@ -56,10 +54,17 @@ class Admission:
             limit_s *= 1 - RESERVED
             why.append("its priority is lower than others'")
         if why and predicted.ttft_s > limit_s:
-            retry_s = _retry_s(predicted.ttft_s - limit_s)
             raise RejectedForOthers(
-                why=" and ".join(why), ttft_s=predicted.ttft_s, limit_s=limit_s, retry_after_s=retry_s
+                why=" and ".join(why),
+                ttft_s=predicted.ttft_s,
+                limit_s=limit_s,
+                retry_after_s=retry_s(predicted.ttft_s - limit_s),
             )
+
+    def require_chance(self, request: ServeRequest, predicted: Prediction) -> None:
+        """Raises Rejected for a request with next to no chance."""
+        if predicted.chance < LEAST_CHANCE or predicted.ttft_s > self._longest_s:
+            raise _rejected(request, predicted, min(request.slo.ttft_s, self._longest_s))
 
     def admitted(self, request: ServeRequest, predicted: Prediction | None) -> None:
         """It will be served."""
@@ -72,6 +77,17 @@ class Admission:
         self._tenants.served(request.tenant, 0, output_tokens - expected)
 
 
+def saturated(ttft_s: float, bound_s: float) -> Rejected:
+    """The rejection of a request of which only its earliest TTFT is known."""
+    return Rejected(
+        ttft_s=ttft_s,
+        tpot_s=0.0,
+        ttft_bound_s=bound_s,
+        tpot_bound_s=math.inf,
+        retry_after_s=retry_s(ttft_s - bound_s),
+    )
+
+
 def _rejected(request: ServeRequest, predicted: Prediction, bound_s: float) -> Rejected:
     late_s = predicted.ttft_s - bound_s
     # Where it is the TPOT: iterations get shorter as answers end, half of the batch's within half an answer.
@@ -81,9 +97,10 @@ def _rejected(request: ServeRequest, predicted: Prediction, bound_s: float) -> R
         tpot_s=predicted.tpot_s,
         ttft_bound_s=bound_s,
         tpot_bound_s=request.slo.tpot_s,
-        retry_after_s=_retry_s(wait_s),
+        retry_after_s=retry_s(wait_s),
     )
 
 
-def _retry_s(wait_s: float) -> int:
+def retry_s(wait_s: float) -> int:
+    """Whole seconds after which it is worth to come back, for a wait of that many."""
     return math.ceil(max(LEAST_RETRY_S, min(MOST_RETRY_S, wait_s)))

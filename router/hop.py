@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from cluster.errors import EngineFailure, ReplayDiverged, ServingError
 from cluster.handle import KvHandle, handle_of
 from cluster.request import ServeRequest
-from cluster.wire import FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH
+from cluster.wire import FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, Offer
 
 
 class HopKind(StrEnum):
@@ -41,6 +41,7 @@ class Hop:
         hop_id: the engine's request id, unique per hop: a second request of the same id kills an engine.
         prompt_token_ids: the request's prompt and what was generated elsewhere.
         generated: the request's output tokens that went to the client; one list for all its hops.
+        cached_tokens: of its prompt, that need no computing there as far as is known.
         deadline_s: loop time by which the client shall have its first token; infinite where it has one.
         swallow: output tokens that the client has already, generated again here (replay).
         deliver: whether its tokens go to the client.
@@ -59,6 +60,7 @@ class Hop:
         "_overdue_after_s",
         "_timer",
         "_waiter",
+        "cached_tokens",
         "deadline_s",
         "deliver",
         "engine_ended",
@@ -93,6 +95,7 @@ class Hop:
         deliver: bool,
         swallow: int,
         source: Hop | None = None,
+        cached_tokens: int = 0,
         deadline_s: float = math.inf,
     ) -> None:
         self.hop_id = hop_id
@@ -105,6 +108,7 @@ class Hop:
         self.deliver = deliver
         self.swallow = swallow
         self.source = source
+        self.cached_tokens = cached_tokens
         self.deadline_s = deadline_s
         self.handle: KvHandle | None = None
         self.is_first = not generated
@@ -124,6 +128,16 @@ class Hop:
         """`kv_transfer_params` of the blocks it shall read."""
         return (
             self.source.handle.params if self.source is not None and self.source.handle is not None else None
+        )
+
+    def offer(self, now_s: float) -> Offer:
+        """How the instance is asked to take it."""
+        reads = self.kind is HopKind.DECODE
+        return Offer(
+            request_id=self.hop_id,
+            tokens=1 if reads else max(1, len(self.prompt_token_ids) - self.cached_tokens),
+            due_in_s=None if self.deadline_s == math.inf else self.deadline_s - now_s,
+            must_take=reads or bool(self.generated),
         )
 
     def waits_for(self, instance_id: str) -> bool:

@@ -29,7 +29,7 @@ RECONNECT_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 Encode = Callable[[Hop], Sequence[Any]]
 OnOutputs = Callable[[InstanceInfo, Sequence[Any]], None]
-OnUnreadable = Callable[[InstanceInfo, wire.Unreadable], None]
+OnNotTaken = Callable[[InstanceInfo, wire.Unreadable | wire.Busy], None]
 OnBlocks = Callable[[str, wire.Blocks], None]
 
 
@@ -42,17 +42,18 @@ class ZmqLink:
         info: InstanceInfo,
         encode: Encode,
         on_outputs: OnOutputs,
-        on_unreadable: OnUnreadable,
+        on_not_taken: OnNotTaken,
         on_blocks: OnBlocks | None = None,
     ) -> None:
         """
         Args:
+            on_not_taken: told of requests that the instance could not read, or was too busy for.
             on_blocks: told how the instance's prefix cache changes, all that is in it first.
         """
         self.info = info
         self._encode = encode
         self._on_outputs = on_outputs
-        self._on_unreadable = on_unreadable
+        self._on_not_taken = on_not_taken
         self._on_blocks = on_blocks
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._last_call = 0
@@ -105,7 +106,8 @@ class ZmqLink:
                     call.set_exception(InstanceLost(instance=self.info.instance_id, stage="call"))
 
     def send(self, hop: Hop) -> None:
-        self._post([wire.ADD, hop.hop_id.encode(), *self._encode(hop)])
+        offer = hop.offer(asyncio.get_running_loop().time())
+        self._post([wire.ADD, wire.pack(offer), *self._encode(hop)])
 
     def abort(self, request_ids: list[str]) -> None:
         if not self._socket.closed:
@@ -153,7 +155,9 @@ class ZmqLink:
                 changes = msgspec.msgpack.decode(frames[1].buffer, type=wire.Blocks)
                 self._on_blocks(self.info.instance_id, changes)
             elif kind == wire.UNREADABLE:
-                self._on_unreadable(self.info, msgspec.msgpack.decode(frames[1].buffer, type=wire.Unreadable))
+                self._on_not_taken(self.info, msgspec.msgpack.decode(frames[1].buffer, type=wire.Unreadable))
+            elif kind == wire.BUSY:
+                self._on_not_taken(self.info, msgspec.msgpack.decode(frames[1].buffer, type=wire.Busy))
             elif kind == wire.RESULT:
                 self._answer(msgspec.msgpack.decode(frames[1].buffer, type=wire.CallResult))
             elif kind == wire.FATAL:
@@ -217,6 +221,12 @@ class LinkKeeper:
         self._keeping.pop(instance_id)[1].cancel()
         self._router.leave(instance_id, why=why)
 
+    def _not_taken(self, info: InstanceInfo, what: wire.Unreadable | wire.Busy) -> None:
+        if isinstance(what, wire.Busy):
+            self._router.refused(what.request_id, info.instance_id, what.wait_s)
+        else:
+            self._router.fail_hop(what.request_id, info.instance_id, what.why)
+
     async def _keep(self, info: InstanceInfo) -> None:
         failures = 0
         while True:
@@ -225,7 +235,7 @@ class LinkKeeper:
                 info,
                 self._encode,
                 self._on_outputs,
-                lambda where, what: self._router.fail_hop(what.request_id, where.instance_id, what.why),
+                self._not_taken,
                 self._router.fleet.blocks_changed if self._router.wants_blocks else None,
             )
             why = "it was left"

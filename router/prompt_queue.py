@@ -91,6 +91,9 @@ class PromptQueue:
         "_prompts",
         "_schedule",
         "_since_s",
+        "_told_for_s",
+        "_told_free_s",
+        "_told_number",
         "by_deadline",
         "tokens",
         "work_s",
@@ -108,6 +111,9 @@ class PromptQueue:
         self._number = 0
         self._since_s = 0.0
         self._schedule: _Schedule | None = None
+        # What the instance has told: when a prompt with that deadline could begin, and what was there then.
+        self._told_free_s = self._told_for_s = -math.inf
+        self._told_number = 0
         self.work_s = 0.0
         self.tokens = 0
 
@@ -137,6 +143,8 @@ class PromptQueue:
         self._schedule = None
         if self._pool is not None:
             self._pool.add(prompt)
+        if self._told_free_s > now_s:
+            self._told_free_s += work_s
         self._by_name[name] = prompt
         self.work_s += work_s
         self.tokens += tokens
@@ -154,10 +162,24 @@ class PromptQueue:
             self._pool.remove(prompt)
         self.work_s = self.work_s - prompt.work_s if self._prompts else 0.0
         self.tokens -= prompt.tokens
+        if not is_served:
+            self._told_free_s -= prompt.work_s
+        elif prompt.number > self._told_number:  # all that was there before it is done
+            self._told_free_s = -math.inf
         took_s = now_s - self._since_s
         if is_served or was_first:  # one that leaves the queue's end takes no work with it that was done
             self._since_s = now_s
         return took_s
+
+    def told(self, name: str, wait_s: float, now_s: float) -> None:
+        """The instance refuses the prompt, which could begin after `wait_s` there: it has prompts that this
+        router knows nothing of, or is slower than it believes."""
+        prompt = self._by_name.get(name)
+        if prompt is not None:
+            # Its own work goes with it, when it leaves.
+            self._told_free_s = now_s + wait_s + prompt.work_s
+            self._told_for_s = prompt.deadline_s if self.by_deadline else -math.inf
+            self._told_number = self._number
 
     def leave_pool(self) -> None:
         """The role has no such instance any more."""
@@ -168,15 +190,16 @@ class PromptQueue:
 
     def wait_s(self, deadline_s: float, now_s: float) -> float:
         """Seconds until a new prompt with that deadline could begin."""
+        told_s = self._told_free_s - now_s if deadline_s >= self._told_for_s else 0.0
         if not self._prompts:
-            return 0.0
+            return max(0.0, told_s)
         done_s = now_s - self._since_s
         if not self.by_deadline:
-            return max(0.0, self.work_s - done_s)
+            return max(0.0, self.work_s - done_s, told_s)
         schedule = self._scheduled(now_s)
         if not schedule.prompts:
-            return 0.0
-        return max(0.0, schedule.ahead_s[schedule.position(deadline_s) - 1] - done_s)
+            return max(0.0, told_s)
+        return max(0.0, schedule.ahead_s[schedule.position(deadline_s) - 1] - done_s, told_s)
 
     def behind(self, deadline_s: float, now_s: float) -> Iterator[tuple[PendingPrompt, float]]:
         """The prompts that a new one with that deadline would delay, each with the time at which it would

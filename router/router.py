@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from cluster.errors import Draining, EngineFailure, InstanceLost, ServingError
+from cluster.errors import Draining, EngineFailure, InstanceBusy, InstanceLost, ServingError
 from cluster.instance import InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import ServeRequest, Stage
 from cluster.spec import DeadlineSpec
-from router.admission import Admission
+from router.admission import Admission, retry_s
 from router.decisions import Decisions
 from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
@@ -20,8 +20,12 @@ from router.policy import Decision, Policy, Unsplit
 from router.predictor import Predictor
 from router.run import Run
 from router.view import ClusterView
+from router.waiting_line import WaitingLine
 
 logger = logging.getLogger(__name__)
+
+# What an instance tells of its queue is not believed for longer: an instance that nobody asks tells no news.
+MOST_TOLD_S = 10.0
 
 
 class Link(Protocol):
@@ -92,6 +96,7 @@ class Router:
     Attributes:
         on_decision: told every decision as it is made, with the loop's time.
         predictor: the policy's; None for a policy without one.
+        line: requests that every instance was too busy for.
         wants_blocks: whether instances shall tell how their prefix caches change.
     """
 
@@ -129,6 +134,7 @@ class Router:
         self._policy = policy
         self.predictor = predictor
         self._decisions = decisions
+        self.line = WaitingLine()
         self.admission = Admission(deadlines.prefill_s, tenant_weights)
         self._client = client
         self._hops: dict[str, Hop] = {}
@@ -145,6 +151,7 @@ class Router:
         """An instance is READY and can be reached."""
         self.fleet.join(info, link)
         self._count_instances()
+        self.line.news()
 
     def leave(self, instance_id: str, *, why: str) -> None:
         """An instance is gone: every hop that needs it fails, and its run goes elsewhere."""
@@ -235,6 +242,17 @@ class Router:
             hop.engine_ended = True
             hop.fail(EngineFailure(instance=instance_id, stage=hop.kind.value, detail=why))
 
+    def refused(self, hop_id: str, instance_id: str, wait_s: float) -> None:
+        """An instance is too busy to take a request, whose prompt could begin there after `wait_s`."""
+        hop, member = self._hops.get(hop_id), self.fleet.get(instance_id)
+        if hop is None or member is None:  # it, or the instance, left while this was on its way
+            return
+        self.metrics.refusals.labels(role=member.info.role.value).inc()
+        now_s = asyncio.get_running_loop().time()
+        member.view.prompts.told(hop.request.request_id, min(wait_s, MOST_TOLD_S), now_s)
+        hop.engine_ended = True
+        hop.fail(InstanceBusy(instance=instance_id, wait_s=wait_s, retry_after_s=retry_s(wait_s)))
+
     def can_serve(self) -> bool:
         """Whether a request would find the instances it needs now. No decision: a policy may count those."""
         enough = any if isinstance(self._policy, Unsplit) else all
@@ -270,11 +288,17 @@ class Router:
 
     # --- what runs use
 
-    def decide(self, request: ServeRequest, avoid: frozenset[str]) -> Decision:
-        """The policy's decision on the instances there are now, without those that failed the request."""
-        view = self.fleet.without(avoid) if avoid else self.fleet
+    def decide(
+        self, request: ServeRequest, avoid: frozenset[str], refused: frozenset[str] = frozenset()
+    ) -> Decision | None:
+        """The policy's decision on the instances there are now, without those that failed the request and
+        those that were too busy for it; None when it finds nobody but one of the latter."""
+        without = avoid | refused
+        view = self.fleet.without(without) if without else self.fleet
         now_s = asyncio.get_running_loop().time()
         decision = self._policy.decide(request, view, now_s)
+        if decision.prefill in refused:
+            return None
         if self._decisions is not None:
             self._decisions.decided(request, decision, now_s)
         if self.on_decision is not None:

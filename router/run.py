@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cluster.errors import EngineFailure, InstanceLost, ServingError, StageTimeout, TooLate
+from cluster.errors import EngineFailure, InstanceBusy, InstanceLost, ServingError, StageTimeout, TooLate
 from cluster.handle import KvHandle
 from cluster.request import Handoff, ServeRequest, Stage, Timeline
 from router.claim import Claim
 from router.hop import Hop, HopKind
+from router.offers import Offers
 from router.policy import Decision
 from router.predictor import Prediction
 
@@ -49,17 +51,22 @@ class Run:
         self._hops = 0
         self._read = False
         self._avoid: frozenset[str] = frozenset()
+        self._offers = Offers(request, router.deadlines.prefill_s, now_s)
         self._decision: Decision
         self._claim: Claim
 
-    def admit(self) -> None:
-        """Decide where it goes and reserve room there. Raises ServingError when it can't go anywhere, and
-        Rejected for a new request that would miss its SLO."""
-        self._decision = decision = self._router.decide(self.request, self._avoid)
-        admission = self._router.admission
+    def admit(self) -> bool:
+        """Decide where it goes and reserve room there; False when all have refused it. Raises ServingError
+        when it can't go anywhere, and Rejected for a request without tokens that would miss its SLO."""
+        asked = self.request
+        if self._offers.count and not self.generated:
+            asked = replace(asked, slo=self._offers.left(asked.slo, self._now()))
+        decision = self._router.decide(asked, self._avoid, self._offers.refused)
+        if decision is None:
+            return False
+        self._decision = decision
         if not self._avoid:
-            admission.require(self.request, decision.predicted, self._now())
-            admission.admitted(self.request, decision.predicted)
+            self._require(decision.predicted)
         self._claim = Claim(
             self._router.fleet,
             self.request,
@@ -69,6 +76,16 @@ class Run:
             now_s=self._now(),
             predictor=self._router.predictor,
         )
+        return True
+
+    def _require(self, predicted: Prediction | None) -> None:
+        admission = self._router.admission
+        if not self._offers.count:
+            admission.require(self.request, predicted, self._now())
+            admission.admitted(self.request, predicted)
+        elif predicted is not None:
+            waited_s = self._now() - self.timeline.arrived_s
+            admission.require_chance(self.request, replace(predicted, ttft_s=predicted.ttft_s + waited_s))
 
     @property
     def predicted(self) -> Prediction | None:
@@ -78,7 +95,7 @@ class Run:
     @property
     def expected(self) -> Prediction | None:
         """What was predicted of it; None where times were not, or where it was decided on more than once."""
-        predicted = self.predicted if not self._avoid else None
+        predicted = self.predicted if not (self._avoid or self._offers.count) else None
         return predicted if predicted is not None and predicted.ttft_s else None
 
     def give_back(self) -> None:
@@ -88,22 +105,39 @@ class Run:
     async def serve(self) -> None:
         """Serve the request, which was admitted, to its end. Raises ServingError when it can't be."""
         deadlines = self._router.deadlines
-        for attempt in range(1, deadlines.attempts + 1):
+        attempt = 1
+        is_decided = True
+        while True:
             try:
-                if attempt > 1:
-                    self.admit()
+                if not is_decided:
+                    await self._decide_again()
                 await self._attempt(self._decision)
                 break
+            except InstanceBusy as busy:
+                # No attempt: nothing was done, and nothing has failed.
+                self._offers.add(busy, self._now())
             except _CURABLE as error:
                 self._avoid |= {error.facts["instance"]}
                 logger.warning("request %s, attempt %d: %s", self.request.request_id, attempt, error)
                 if attempt == deadlines.attempts or self._would_meet_the_same_queue(error):
                     raise
                 self._router.metrics.moves.labels(cause=error.reason, stage=self.stage.value).inc()
+                attempt += 1
             finally:
                 self.give_back()
+            is_decided = False
         self.stage = Stage.DONE
         self.timeline.done_s = self._now()
+
+    async def _decide_again(self) -> None:
+        """Decide anew, at once; or, when all have refused it, as soon as one may have room. Raises Rejected
+        when that would be too late."""
+        while not self.admit():
+            self.stage = Stage.ADMIT
+            offers = self._offers
+            if not await self._router.line.turn(offers.room_s, offers.give_up_s):
+                raise offers.rejection(self._now())
+            offers.again()
 
     def _would_meet_the_same_queue(self, error: ServingError) -> bool:
         # A timeout may be a long queue: joining its end again would only make it longer.
@@ -138,7 +172,7 @@ class Run:
         self.timeline.prefill_sent_s = self._now()
         with self._router.open(hop):
             await self._started(hop, self._router.deadlines.prefill_s)
-            self._claim.prefilled(self._now())
+            self._prompt_done()
             self.stage = Stage.DECODE
             await self._ended(hop)
 
@@ -172,8 +206,12 @@ class Run:
         with self._router.open(hop):
             await self._started(hop, self._router.deadlines.prefill_s)
             await self._ended(hop)
-        self._claim.prefilled(self._now())
+        self._prompt_done()
         self._observe(Stage.PREFILL, self.timeline.prefill_sent_s)
+
+    def _prompt_done(self) -> None:
+        self._claim.prefilled(self._now())
+        self._router.line.news()
 
     async def _decode(self, hop: Hop, handle: KvHandle) -> None:
         """Decode on an instance that reads the blocks first."""
@@ -213,6 +251,7 @@ class Run:
     def _hop(self, instance_id: str, kind: HopKind, source: Hop | None = None) -> Hop:
         carries = self.request.handoff is Handoff.TOKENS
         sent = self._carried()
+        predicted = self._decision.predicted
         self._hops += 1
         return Hop(
             hop_id=f"{self.request.request_id}~{self._hops}",
@@ -225,6 +264,7 @@ class Run:
             deliver=kind is not HopKind.PREFILL or carries,
             swallow=0 if carries else len(self.generated),
             source=source,
+            cached_tokens=predicted.cached_tokens if predicted is not None else 0,
             deadline_s=math.inf if self.generated else self.timeline.arrived_s + self.request.slo.ttft_s,
         )
 

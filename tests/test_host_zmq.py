@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cluster import wire
-from cluster.engine import EngineDied
+from cluster.engine import Doorman, EngineDied
 from cluster.errors import EngineFailure, IncompatiblePeer, NoInstance, ServingError
 from cluster.host_zmq import EngineHost
 from cluster.instance import InstanceInfo, InstanceState, Role
@@ -22,7 +22,8 @@ from cluster.registry import Membership
 from cluster.request import ServeRequest
 from cluster.sim_engine import SIM_ENGINE_NAME, SimEngine
 from cluster.spec import ClusterSpec, DeadlineSpec, SimEngineSpec
-from cluster.wire import StepOutputs, TokenRequest
+from cluster.wire import Offer, StepOutputs, TokenRequest
+from prefill_worker.doorman import LearningDoorman
 from router.hop import Hop, HopKind
 from router.link_zmq import LinkKeeper, ZmqLink
 from router.policy import LeastTokens
@@ -34,13 +35,38 @@ SIM = SimEngineSpec(step_s=0.001, max_model_len=200_000)
 SPEC = ClusterSpec(model="m", device="cpu", engine="sim", sim=SIM)
 
 
+class OneAtATime:
+    """A doorman that takes a prompt when there is none."""
+
+    def __init__(self) -> None:
+        self.inside: set[str] = set()
+        self.most = 0
+
+    def asked(self, offer: Offer, now_s: float) -> float | None:
+        if self.inside and not offer.must_take:
+            return 0.001
+        self.inside.add(offer.request_id)
+        self.most = max(self.most, len(self.inside))
+        return None
+
+    def answered(self, request_ids: Iterable[str], now_s: float) -> None:
+        self.inside.difference_update(request_ids)
+
+    def left(self, request_ids: Iterable[str], now_s: float) -> None:
+        self.inside.difference_update(request_ids)
+
+
 class Instance:
     """A host with a twin engine, serving in this loop."""
 
-    def __init__(self, instance_id: str, index: int = 0) -> None:
+    def __init__(self, instance_id: str, index: int = 0, doorman: Doorman | None = None) -> None:
         self.engine = SimEngine.of(SPEC, Role.PREFILL, tells_blocks=True)
         self.host = EngineHost(
-            self.engine, engine_name=SIM_ENGINE_NAME, instance_id=instance_id, incarnation="1"
+            self.engine,
+            engine_name=SIM_ENGINE_NAME,
+            instance_id=instance_id,
+            incarnation="1",
+            doorman=doorman,
         )
         self.info: InstanceInfo = info_of(instance_id, index)
 
@@ -112,8 +138,11 @@ class Ingress:
 
 
 @asynccontextmanager
-async def cluster(*instance_ids: str) -> AsyncIterator[tuple[Ingress, dict[str, Instance]]]:
-    instances = {i: await Instance(i, n).start() for n, i in enumerate(instance_ids)}
+async def cluster(
+    *instance_ids: str, doormen: dict[str, Doorman] | None = None
+) -> AsyncIterator[tuple[Ingress, dict[str, Instance]]]:
+    at = doormen or {}
+    instances = {i: await Instance(i, n, at.get(i)).start() for n, i in enumerate(instance_ids)}
     ingress = Ingress("ingress-1")
     await ingress.reach(*instances.values())
     try:
@@ -200,6 +229,56 @@ async def test_an_aborted_request_leaves_the_engine() -> None:
         ingress.router.abort(["r"])
         await until(lambda: not instances["decode-0"].engine.load().running)
         assert instances["decode-0"].host.requests == 0
+
+
+async def test_a_busy_instance_refuses_what_another_takes() -> None:
+    doorman = OneAtATime()
+    doorman.inside.add("of another ingress")
+    async with cluster("prefill-0", "prefill-1", "decode-0", doormen={"prefill-0": doorman}) as (one, others):
+        for number in range(10):
+            one.submit(f"r{number}", 5)
+        await until(lambda: not one.router.pending)
+        assert one.errors == {}
+        assert all(tokens == expected_tokens(PROMPT, 5) for tokens in one.tokens.values())
+        assert one.router.metrics.refusals.labels(role="prefill")._value.get() >= 1
+        assert doorman.inside == {"of another ingress"}
+        assert others["prefill-0"].host.requests == 0
+
+
+async def test_ingresses_that_know_nothing_of_each_other_share_what_each_instance_takes() -> None:
+    doormen = {"prefill-0": OneAtATime(), "prefill-1": OneAtATime()}
+    async with cluster("prefill-0", "prefill-1", "decode-0", doormen=doormen) as (one, instances):
+        two = Ingress("ingress-2")
+        await two.reach(*instances.values())
+        for number in range(10):
+            one.submit(f"one-{number}", 5)
+            two.submit(f"two-{number}", 5)
+        await until(lambda: not one.router.pending and not two.router.pending)
+        assert one.errors == two.errors == {}
+        assert len(one.tokens) == len(two.tokens) == 10
+        assert [(doorman.most, doorman.inside) for doorman in doormen.values()] == [(1, set())] * 2
+        await two.keeper.close()
+
+
+async def test_a_doorman_hears_of_every_end() -> None:
+    doormen = {name: LearningDoorman(60.0, batch_tokens=64) for name in ("prefill-0", "decode-0")}
+    async with cluster("prefill-0", "decode-0", doormen=doormen) as (one, instances):
+        two = Ingress("ingress-2")
+        await two.reach(*instances.values())
+        for number in range(20):
+            one.submit(f"r{number}", 100_000 if number % 2 else 5)
+            two.submit(f"t{number}", 100_000)
+        await until(lambda: one.tokens.get("r0") and len(two.tokens) == 20)
+        for link in list(two.keeper.links.values()):
+            link._socket.close(linger=0)
+        link = one.keeper.links["prefill-0"]
+        link._encode = lambda hop: [b"\xc1 no msgpack"]
+        one.submit("unreadable", 5)
+        one.router.abort([f"r{number}" for number in range(20)])
+        two.router.abort([f"t{number}" for number in range(20)])
+        await until(lambda: not one.router.pending and "unreadable" in one.errors)
+        await until(lambda: not any(doorman.tokens for doorman in doormen.values()))
+        await two.keeper.close()
 
 
 async def test_an_instance_that_dies_is_noticed_and_its_requests_move() -> None:

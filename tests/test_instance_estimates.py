@@ -48,6 +48,32 @@ def test_by_deadline_those_with_later_ones_are_delayed() -> None:
     assert [p.name for p, _ in queue.behind(3.5, now_s=1.0)] == ["soon", "late"]
 
 
+def test_what_an_instance_tells_of_its_queue_counts_until_it_is_over() -> None:
+    queue = PromptQueue()
+    queue.add("mine", 1.0, deadline_s=9.0, now_s=0.0)
+    queue.add("refused", 2.0, deadline_s=9.0, now_s=0.0)
+    queue.told("refused", 5.0, now_s=0.0)
+    queue.remove("refused", 0.1, is_served=False)
+    assert queue.wait_s(9.0, 0.1) == pytest.approx(4.9)
+    assert queue.wait_s(9.0, 3.0) == pytest.approx(2.0)
+    queue.add("next", 1.5, deadline_s=9.0, now_s=3.0)
+    assert queue.wait_s(9.0, 3.0) == pytest.approx(3.5)
+    queue.remove("mine", 4.0)  # it was there before others, perhaps
+    assert queue.wait_s(9.0, 4.0) == pytest.approx(2.5)
+    queue.remove("next", 4.5)  # all that was told of is done
+    assert queue.wait_s(9.0, 4.5) == 0.0
+
+
+def test_what_is_told_to_one_that_has_time_is_not_true_of_one_that_has_none() -> None:
+    queue = PromptQueue(by_deadline=True)
+    queue.add("refused", 1.0, deadline_s=5.0, now_s=0.0)
+    queue.told("refused", 4.0, now_s=0.0)
+    queue.remove("refused", 0.0, is_served=False)
+    assert [queue.wait_s(deadline_s, 0.0) for deadline_s in (4.0, 5.0, math.inf)] == [0.0, 4.0, 4.0]
+    queue.told("unknown", 50.0, now_s=0.0)
+    assert queue.wait_s(math.inf, 0.0) == 4.0
+
+
 def test_removing_what_is_not_there() -> None:
     assert PromptQueue().remove("a", 1.0) is None
 

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import Draining, EngineFailure, NoInstance, ReplayDiverged, StageTimeout, TooLate
+from cluster.errors import (
+    Draining,
+    EngineFailure,
+    NoInstance,
+    Rejected,
+    ReplayDiverged,
+    StageTimeout,
+    TooLate,
+)
 from cluster.request import Handoff, ServeRequest, Slo
 from cluster.spec import DeadlineSpec
 from router.hop import HopKind
@@ -316,6 +324,115 @@ async def test_a_one_token_prompt_has_nothing_to_hand_over_for_a_stateful_sample
     assert not cluster.instances["prefill-0"].sent
 
 
+@pytest.mark.parametrize("handoff", [Handoff.TOKENS, Handoff.KV_ONLY])
+async def test_who_is_refused_is_offered_elsewhere_at_once(
+    handoff: Handoff, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = TwinCluster("prefill-0", "prefill-1", "decode-0", deadlines=DeadlineSpec(attempts=1))
+    cluster.instances["prefill-0"].waits_s = [60.0]
+    cluster.submit("r", PROMPT, 6, handoff)
+    cluster.submit("other", PROMPT, 6, handoff)
+    await cluster.settle()
+    assert cluster.tokens["r"] == cluster.tokens["other"] == expected_tokens(PROMPT, 6)
+    # It was no failure: no attempt, no move, no warning; and it concerned one request.
+    assert cluster.metrics.refusals.labels(role="prefill")._value.get() == 1
+    assert cluster.metrics.moves._metrics == {}
+    assert caplog.text == ""
+    cluster.submit("later", PROMPT, 6, handoff)
+    await cluster.settle()
+    assert cluster.instances["prefill-0"].sent[-1].request.request_id == "later"
+    cluster.assert_nothing_held()
+
+
+async def test_whom_all_refuse_waits_for_the_first_to_have_room() -> None:
+    cluster = TwinCluster("prefill-0", "prefill-1", "decode-0")
+    cluster.instances["prefill-0"].waits_s = [60.0]
+    cluster.instances["prefill-1"].waits_s = [0.02]
+    began_s = asyncio.get_running_loop().time()
+    cluster.submit("r", PROMPT, 6)
+    await until(lambda: len(cluster.router.line) == 1)
+    assert dict(cluster.router.reservations.outstanding()) == {}
+    await cluster.settle()
+    assert asyncio.get_running_loop().time() >= began_s + 0.02
+    assert cluster.tokens["r"] == expected_tokens(PROMPT, 6)
+    assert [len(cluster.instances[name].sent) for name in ("prefill-0", "prefill-1")] == [1, 2]
+    cluster.assert_nothing_held()
+
+
+async def test_who_waits_goes_on_when_a_prompt_has_ended() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0")
+    cluster.instances["prefill-0"].waits_s = [60.0]
+    cluster.submit("r", PROMPT, 6)
+    await until(lambda: len(cluster.router.line) == 1)
+    cluster.submit("other", PROMPT, 6)
+    await cluster.settle()
+    assert cluster.tokens["r"] == expected_tokens(PROMPT, 6)
+
+
+async def test_who_waits_goes_on_when_an_instance_comes() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0")
+    cluster.instances["prefill-0"].waits_s = [60.0, 60.0]
+    cluster.submit("r", PROMPT, 6)
+    await until(lambda: len(cluster.router.line) == 1)
+    cluster.add("prefill-1")
+    await cluster.settle()
+    assert cluster.tokens["r"] == expected_tokens(PROMPT, 6)
+
+
+async def test_whom_nobody_takes_in_time_is_rejected_and_told_when_to_come_back() -> None:
+    cluster = TwinCluster("prefill-0", "prefill-1", "decode-0")
+    cluster.instances["prefill-0"].waits_s = [7.5]
+    cluster.instances["prefill-1"].waits_s = [60.0]
+    cluster.submit("r", PROMPT, 6, slo=Slo(ttft_s=4.0))
+    await cluster.settle()
+    error = cluster.errors["r"]
+    assert isinstance(error, Rejected)
+    assert error.ttft_s == pytest.approx(7.5, abs=0.5)
+    assert (error.http_status, error.ttft_bound_s, error.retry_after_s) == (429, 4.0, 4)
+    assert cluster.metrics.requests.labels(outcome="rejected-saturated")._value.get() == 1
+    cluster.assert_nothing_held()
+
+
+async def test_who_waits_is_rejected_when_its_time_is_up() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0")
+    cluster.instances["prefill-0"].waits_s = [0.01] * 1000
+    cluster.submit("r", PROMPT, 6, slo=Slo(ttft_s=0.1))
+    await cluster.settle()
+    assert isinstance(cluster.errors["r"], Rejected)
+    assert 2 <= len(cluster.instances["prefill-0"].sent) <= 11
+    cluster.assert_nothing_held()
+
+
+async def test_a_client_that_leaves_the_line_leaves_nothing() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0")
+    cluster.instances["prefill-0"].waits_s = [60.0]
+    cluster.submit("r", PROMPT, 6)
+    await until(lambda: len(cluster.router.line) == 1)
+    cluster.router.abort(["r"])
+    await cluster.settle()
+    cluster.assert_nothing_held()
+
+
+async def test_who_has_tokens_is_not_refused() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0", "decode-1")
+    cluster.instances["decode-0"].stalls_at = 3
+    cluster.submit("r", PROMPT, 20)
+    await until(lambda: len(cluster.tokens.get("r", [])) >= 3)
+    cluster.instances["prefill-0"].waits_s = [60.0]
+    cluster.instances["decode-0"].kill()
+    await cluster.settle()
+    assert cluster.tokens["r"] == expected_tokens(PROMPT, 20)
+    assert cluster.instances["prefill-0"].waits_s == [60.0]
+    cluster.assert_nothing_held()
+
+
+async def test_a_refusal_of_a_request_that_has_left_is_no_news() -> None:
+    cluster = TwinCluster("prefill-0", "decode-0")
+    cluster.router.refused("gone~1", "prefill-0", 1.0)
+    cluster.router.refused("gone~1", "prefill-7", 1.0)
+    assert cluster.metrics.refusals._metrics == {}
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_whatever_happens_nothing_is_held_and_no_token_is_wrong(data: st.DataObject) -> None:
@@ -335,7 +452,7 @@ def test_whatever_happens_nothing_is_held_and_no_token_is_wrong(data: st.DataObj
         for _ in range(data.draw(st.integers(0, 4), label="events")):
             for _ in range(data.draw(st.integers(0, 12), label="steps")):
                 await asyncio.sleep(0)
-            event = data.draw(st.sampled_from(["abort", "kill", "stall", "join"]), label="event")
+            event = data.draw(st.sampled_from(["abort", "kill", "stall", "join", "busy"]), label="event")
             instance_id = data.draw(st.sampled_from(sorted(cluster.instances)), label="instance")
             if event == "abort":
                 request_id = data.draw(st.sampled_from(sorted(wanted)), label="request")
@@ -345,6 +462,9 @@ def test_whatever_happens_nothing_is_held_and_no_token_is_wrong(data: st.DataObj
                 cluster.instances[instance_id].kill()
             elif event == "stall":
                 cluster.instances[instance_id].stalls_at = data.draw(st.integers(0, 5), label="at")
+            elif event == "busy":
+                waits = st.lists(st.sampled_from([0.0, 0.01, 0.04, 9.0]), max_size=9)
+                cluster.instances[instance_id].waits_s += data.draw(waits, label="waits")
             else:
                 cluster.add(instance_id)
         await cluster.settle(20.0)

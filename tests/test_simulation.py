@@ -113,6 +113,7 @@ def worlds(draw: st.DrawFn) -> tuple[ClusterSpec, Scenario]:
         decode=draw(pools),
         policy=draw(st.sampled_from(sorted(POLICIES))),
         prefill_order=draw(st.sampled_from(["arrival", "deadline"])),
+        prefill_queue=draw(st.sampled_from(["bounded", "open"])),
         decode_admission=draw(st.sampled_from(["free_blocks", "predicted_peak"])),
         engine_options=options,
         deadlines=draw(st.sampled_from([{}, {"prefill_s": 0.5, "transfer_s": 0.2, "stall_s": 6.0}])),
@@ -180,8 +181,11 @@ def test_whatever_happens_every_request_ends_and_nothing_is_left(
     spec, scenario = world
     kinds = [SloClass(name=f"c{n}", slo=Slo(ttft_s=b[0], tpot_s=b[1])) for n, b in enumerate(bounds)]
     classes = [kinds[number % len(kinds)] for number in range(len(asked))]
-    result = Simulation(spec, asked, classes, scenario=scenario, seed=1).run()
+    simulation = Simulation(spec, asked, classes, scenario=scenario, seed=1)
+    result = simulation.run()
+    refused = simulation.router.metrics.refusals._metrics
     for what, seen in (
+        ("a prompt was refused", refused),
         ("a request was preempted", any(use.preemptions for use in result.instances)),
         ("a request was moved", any(request.moves for request in result.requests)),
         ("KV was computed anew", result.kv_tokens_recomputed),
@@ -396,3 +400,26 @@ def test_a_policy_that_is_given_decides_instead_of_the_specs() -> None:
     spec = spec_of(prefill={"count": 2}, decode={"count": 2})
     result = Simulation(spec, steady(5), policy=Last()).run()
     assert {(r.prefill, r.decode) for r in result.requests} == {("prefill-1", "decode-1")}
+
+
+@pytest.mark.parametrize(("policy", "gain"), [("round_robin", 0.1), ("goodput", 0.0)])
+def test_forwarding_keeps_prompts_from_an_instance_that_is_slower_than_believed(
+    policy: str, gain: float
+) -> None:
+    rng, now_s, asked = Random(3), 0.0, []
+    for _ in range(1500):
+        now_s += rng.expovariate(40)
+        asked.append(WorkloadRequest(arrival_s=now_s, input_tokens=rng.randint(50, 480), output_tokens=2))
+    classes = [SloClass(name="chat", slo=Slo(ttft_s=0.5))] * len(asked)
+    kept = {}
+    for queue in ("bounded", "open"):
+        spec = spec_of(prefill={"count": 3}, decode={"count": 2}, prefill_queue=queue, policy=policy)
+        # Slower than any policy believes: what they learn is bounded.
+        raw = {"faults": [{"slow": "prefill-0", "at_s": 0.0, "factor": 8.0}]}
+        result = Simulation(spec, asked, classes, scenario=parse_scenario(raw, spec), seed=1).run()
+        check(result, asked)
+        assert not any(request.moves for request in result.requests)  # a refusal is no move
+        admitted = [request for request in result.requests if request.status != "rejected"]
+        kept[queue] = sum(request.met for request in admitted) / len(admitted)
+        assert len(admitted) > 0.95 * len(asked)
+    assert kept["bounded"] > kept["open"] + gain

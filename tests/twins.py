@@ -62,6 +62,7 @@ class TwinInstance:
         kept: ids of finished prefills whose blocks wait for a reader.
         stalls_at: output position at which a request stops making progress (never, by default).
         recomputes: whether a decode ignores the blocks it was given.
+        waits_s: what it says to the next prompts that it refuses, one each, while there is anything.
         has_them: whether a decode finds the prompt in its own cache, and so reads nothing and tells nobody.
     """
 
@@ -72,6 +73,7 @@ class TwinInstance:
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.sent: list[Hop] = []
         self.stalls_at = 1 << 30
+        self.waits_s: list[float] = []
         self.recomputes = False
         self.has_them = False
         self.wrong_from = 1 << 30
@@ -79,6 +81,12 @@ class TwinInstance:
 
     def send(self, hop: Hop) -> None:
         self.sent.append(hop)
+        if self.waits_s and not hop.offer(0.0).must_take:
+            refused = self.cluster.router.refused
+            asyncio.get_running_loop().call_soon(
+                refused, hop.hop_id, self.info.instance_id, self.waits_s.pop(0)
+            )
+            return
         self.tasks[hop.hop_id] = asyncio.create_task(self._run(hop), name=f"twin-{hop.hop_id}")
 
     def abort(self, request_ids: list[str]) -> None:
@@ -192,4 +200,5 @@ class TwinCluster:
         assert {i: twin.tasks for i, twin in self.instances.items() if twin.tasks} == {}
         assert self.router.open_hops == 0
         assert self.router.pending == 0
+        assert len(self.router.line) == 0
         assert dict(self.router.reservations.outstanding()) == {}

@@ -9,17 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cluster.engine import tell_doorman
 from cluster.instance import InstanceInfo, InstanceLoad, Role
 from cluster.latency import Batch, LatencyProfile, Levels, ProfiledLatency
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
-from cluster.wire import DUE_PARAM, Blocks, TokenOutput, TokenRequest
+from cluster.wire import DUE_PARAM, Blocks, Offer, TokenOutput, TokenRequest
 from cluster.worker import Ready
 from decode_worker.phase import phase_options as decode_options
 from decode_worker.phase import twin_parts as decode_parts
 from deploy.simulator.network import SimNetwork
 from deploy.simulator.scenario import Scenario
+from prefill_worker.phase import doorman_of
 from prefill_worker.phase import phase_options as prefill_options
 from prefill_worker.phase import twin_parts as prefill_parts
 from router.hop import Hop, HopKind
@@ -36,6 +38,7 @@ class HopWatcher(Protocol):
     """Told what happens to hops; ids are those of hops."""
 
     def sent(self, hop: Hop, now_s: float) -> None: ...
+    def refused(self, hop_id: str) -> None: ...
     def begun(self, request_id: str, now_s: float) -> None: ...
     def reading(self, request_id: str, now_s: float) -> None: ...
     def read(self, request_id: str, now_s: float) -> None: ...
@@ -94,6 +97,7 @@ class SimLife:
             tells_blocks=cluster.router.wants_blocks,
             **_PARTS[info.role](cluster.spec, options.latency),
         )
+        self._doorman = doorman_of(cluster.spec) if info.role is Role.PREFILL else None
         self.load = InstanceLoad()
         profile = _profile(options)
         hop_s = cluster.spec.sim.hop_s
@@ -177,10 +181,10 @@ class SimLife:
             delay_s += self._token_delay_s * len(hop.prompt_token_ids)
         if delay_s:
             self._on_the_way[hop.hop_id] = asyncio.get_running_loop().call_later(
-                delay_s, self._receive, hop.hop_id, _request(hop, now_s + delay_s)
+                delay_s, self._receive, hop.offer(now_s + delay_s), _request(hop, now_s + delay_s)
             )
         else:
-            self._receive(hop.hop_id, _request(hop, now_s))
+            self._receive(hop.offer(now_s), _request(hop, now_s))
 
     def abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -188,27 +192,43 @@ class SimLife:
                 timer.cancel()
         if not self._dead:
             self.engine.abort(request_ids)
+            self._forget(request_ids)
 
     def release(self, request_ids: list[str]) -> None:
         if not self._dead:
             self.engine.release(request_ids)
 
-    def _receive(self, hop_id: str, request: TokenRequest) -> None:
+    def _receive(self, offer: Offer, request: TokenRequest) -> None:
+        hop_id = offer.request_id
         self._on_the_way.pop(hop_id, None)
         if self._dead:
             return
+        if self._doorman is not None:
+            wait_s = self._doorman.asked(offer, asyncio.get_running_loop().time())
+            if wait_s is not None:
+                # A hop's time is that of both ways, so the answer is there.
+                self._cluster.watcher.refused(hop_id)
+                self._cluster.router.refused(hop_id, self._instance_id, wait_s)
+                return
         known = self._cluster.block_hashes
         name = hop_id.rsplit("~", 1)[0]
         try:
             known[name] = self.engine.submit(request, known.get(name))
         except ValueError as error:
+            self._forget([hop_id])
             self._cluster.router.fail_hop(hop_id, self._instance_id, str(error))
+
+    def _forget(self, request_ids: list[str]) -> None:
+        if self._doorman is not None:
+            self._doorman.left(request_ids, asyncio.get_running_loop().time())
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         delay_s = self._cluster.scenario.state_delay_s
         while True:
             step = await self.engine.outputs()
+            if self._doorman is not None:
+                tell_doorman(self._doorman, step.outputs, loop.time())
             load = self.engine.load()
             seen = InstanceLoad(running=load.running, waiting=load.waiting, kv_usage=load.kv_usage)
             changes = self.engine.take_block_changes()

@@ -179,6 +179,10 @@ class Journal:
                 track.decode = hop.instance_id
             track.enter(_QUEUE, now_s)
 
+    def refused(self, hop_id: str) -> None:
+        if (track := self._track_of(hop_id)) is not None:
+            track.sends -= 1
+
     def begun(self, request_id: str, now_s: float) -> None:
         track = self._track_of(request_id)
         if track is not None and track.stage == _QUEUE:

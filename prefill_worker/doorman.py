@@ -24,10 +24,16 @@ class _Prompt(NamedTuple):
 
     Attributes:
         due_s: time by which it shall have it; infinite for none.
+        came_s: when it was taken.
+        up_to: tokens of all that were there then, with it.
+        taken: tokens of all that were ever taken, with it.
     """
 
     tokens: int
     due_s: float
+    came_s: float
+    up_to: int
+    taken: int
 
 
 class LearningDoorman:
@@ -52,6 +58,7 @@ class LearningDoorman:
         self._by_deadline = by_deadline
         self._prompts: dict[str, _Prompt] = {}
         self.tokens = 0
+        self._taken = 0
         # Weighted sums over stretches.
         self._learned_s = self._learned_tokens = 0.0
         self._stretches = 0
@@ -74,8 +81,9 @@ class LearningDoorman:
                 return wait_s
         if not self._prompts:
             self._restart(now_s)
-        self._prompts[offer.request_id] = _Prompt(offer.tokens, due_s)
         self.tokens += offer.tokens
+        self._taken += offer.tokens
+        self._prompts[offer.request_id] = _Prompt(offer.tokens, due_s, now_s, self.tokens, self._taken)
         return None
 
     def answered(self, request_ids: Iterable[str], now_s: float) -> None:
@@ -101,7 +109,9 @@ class LearningDoorman:
             if request_id not in self._prompts:
                 continue
             was_first = next(iter(self._prompts)) == request_id
-            self.tokens -= self._prompts.pop(request_id).tokens
+            prompt = self._prompts.pop(request_id)
+            self.tokens -= prompt.tokens
+            self._learn_least(prompt, now_s)
             if was_first:  # how long it was worked on is not known
                 self._restart(now_s)
 
@@ -130,6 +140,14 @@ class LearningDoorman:
     def _seconds(self, tokens: int) -> float:
         """Under load; 0 before anything was learned."""
         return tokens * self._learned_s / self._learned_tokens if self._learned_tokens else 0.0
+
+    def _learn_least(self, prompt: _Prompt, now_s: float) -> None:
+        """It has left without a token: so in its time fewer tokens were computed than those ahead of it and
+        its own. Where everybody leaves before the end, nothing else teaches how slow it is."""
+        up_to = prompt.up_to + (self._taken - prompt.taken if self._by_deadline else 0)
+        tokens, seconds = max(up_to, self._batch_tokens), now_s - prompt.came_s
+        if seconds > self._seconds(tokens):
+            self._learn(tokens, seconds)
 
     def _learn(self, tokens: int, seconds: float) -> None:
         # In small parts no token is cheaper: who is faster there than believed has become faster. So one that

@@ -130,6 +130,28 @@ def test_an_instance_that_was_slow_and_takes_one_at_a_time_is_found_to_be_fast_a
     assert doorman.asked(offer("r", due_in_s=0.1), now_s) == pytest.approx(2.0, rel=0.1)
 
 
+def test_from_those_that_leave_before_their_token_it_learns_how_slow_it_is_at_least() -> None:
+    for by_deadline in (False, True):
+        doorman = new(by_deadline=by_deadline)
+        now_s = teach(doorman)
+        for _ in range(20):
+            fill(doorman, 2000, now_s)
+            now_s += 1.0
+            doorman.left([f"ahead-{number}" for number in range(4)], now_s)
+        fill(doorman, 2000, now_s)
+        # In 1 s it has not computed the first thousand; by deadline, any two of them.
+        wait_s = doorman.asked(offer("r", due_in_s=0.1), now_s)
+        assert wait_s == pytest.approx(0.5 if by_deadline else 2.0, rel=0.1)
+        # Who leaves in time tells nothing.
+        quick = new(by_deadline=by_deadline)
+        now_s = teach(quick)
+        for _ in range(20):
+            fill(quick, 2000, now_s)
+            quick.left([f"ahead-{number}" for number in range(4)], now_s + 0.05)
+        fill(quick, 2000, now_s)
+        assert quick.asked(offer("r", due_in_s=0.1), now_s) == pytest.approx(0.1 if by_deadline else 0.2)
+
+
 def test_by_deadline_only_those_that_are_due_sooner_are_ahead() -> None:
     doorman = new(by_deadline=True)
     now_s = teach(doorman)

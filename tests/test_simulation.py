@@ -403,7 +403,7 @@ def test_a_policy_that_is_given_decides_instead_of_the_specs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "gain"), [("round_robin", 0.1), ("least_tokens", 0.01), ("goodput", -0.01)]
+    ("policy", "gain"), [("round_robin", 0.1), ("least_tokens", -0.01), ("goodput", -0.01)]
 )
 def test_forwarding_keeps_prompts_from_an_instance_that_is_slower_than_believed(
     policy: str, gain: float

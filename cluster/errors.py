@@ -188,6 +188,21 @@ class InstanceBusy(ServingError):
         )
 
 
+class NoSlack(ServingError):
+    """The request is to be served only where it takes nothing from others, and there is no such place now.
+    Facts: `why`, `retry_after_s`."""
+
+    retryable = True
+    http_status = 429
+    reason = "rejected-no-slack"
+
+    why: str
+    retry_after_s: int = 1
+
+    def describe(self) -> str:
+        return f"no slack for this request now, as {self.why}; try again in {self.retry_after_s} s"
+
+
 class InstanceLost(ServingError):
     """An instance died or became unreachable while it held the request. Facts: `instance`, `stage`."""
 

@@ -69,6 +69,7 @@ class ServeRequest:
         slo, slo_class: what it needs, and the name of its class; empty for none.
         priority: as vLLM's, lower is more important.
         session_id, tenant: who sends it; empty where the client does not say.
+        fills_slack: whether it is served only where it takes nothing from others.
         plain_prompt: whether its KV follows from its tokens alone: no adapter, image or salt.
     """
 
@@ -81,6 +82,7 @@ class ServeRequest:
     priority: int = 0
     session_id: str = ""
     tenant: str = ""
+    fills_slack: bool = False
     plain_prompt: bool = True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field, PositiveFloat, model_validator
 
 from cluster.frozen import Frozen
@@ -14,11 +16,20 @@ class SloClassSpec(Frozen):
     Attributes:
         ttft_ms, tpot_ms: bounds; one that isn't given is none.
         priority: as vLLM's, lower is more important: served first, shed last.
+        fills_slack: whether it is served only where it takes nothing from others, as offline batches are;
+            without bounds of its own.
     """
 
     ttft_ms: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
     tpot_ms: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
     priority: int = 0
+    fills_slack: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> SloClassSpec:
+        if self.fills_slack and (self.ttft_ms is not None or self.tpot_ms is not None):
+            raise ValueError("a class that fills slack has no bounds: it waits for as long as others need")
+        return self
 
     @property
     def slo(self) -> Slo:
@@ -40,6 +51,11 @@ class SloSpec(Frozen):
     classes: dict[str, SloClassSpec] = Field(default_factory=dict)
     by_api_key: dict[str, str] = Field(default_factory=dict)
     tenant_weights: dict[str, PositiveFloat] = Field(default_factory=dict)
+
+    @property
+    def tightest_tpot_s(self) -> float:
+        """Of all classes, in seconds; infinite for none."""
+        return min((one.slo.tpot_s for one in self.classes.values()), default=math.inf)
 
     @model_validator(mode="after")
     def _check(self) -> SloSpec:

@@ -24,11 +24,14 @@ class SloClass:
 
     Attributes:
         input_below: takes the requests with a shorter prompt than this, in tokens.
+        fills_slack: whether its requests are served only where they take nothing from others; refused at
+            their time, they are not sent again.
         share: takes this part (0 to 1) of the requests that no class takes by length.
     """
 
     name: str
     slo: Slo = NO_SLO
+    fills_slack: bool = False
     share: float | None = None
     input_below: int | None = None
 
@@ -57,7 +60,7 @@ def load_slo_classes(path: Path) -> tuple[SloClass, ...]:
         classes:
           - {name: chat, ttft_ms: 300, tpot_ms: 50, input_below: 4000}
           - {name: paid, ttft_ms: 1000, tpot_ms: 50, share: 0.25}
-          - {name: batch}
+          - {name: batch, fills_slack: true}
 
     A class takes its requests by `input_below`, the first that fits; the others are divided by `share`; a
     class with neither takes the rest. A bound that isn't given is none.
@@ -122,6 +125,7 @@ class _Entry(Frozen):
     tpot_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     share: float | None = Field(default=None, gt=0, le=1)
     input_below: int | None = Field(default=None, gt=1)
+    fills_slack: bool = False
 
     def to_class(self, share: float | None) -> SloClass:
         return SloClass(
@@ -129,6 +133,7 @@ class _Entry(Frozen):
             slo=slo_of_ms(self.ttft_ms, self.tpot_ms),
             share=share,
             input_below=self.input_below,
+            fills_slack=self.fills_slack,
         )
 
 
@@ -152,6 +157,8 @@ def _checked(path: Path, entries: Sequence[_Entry]) -> Sequence[_Entry]:
         if entry.name in names:
             raise _refused(path, f"classes.{index}.name", entry.name, "give each class a name of its own")
         names.add(entry.name)
+        if entry.fills_slack and (entry.ttft_ms is not None or entry.tpot_ms is not None):
+            raise _refused(path, f"classes.{index}", entry.name, "a class that fills slack has no bounds")
         if entry.input_below is None:
             continue
         if entry.share is not None:

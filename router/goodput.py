@@ -159,6 +159,8 @@ class Goodput:
                 output_tokens=output,
                 chance=odds,
                 cached_tokens=prefill.cached,
+                # A sum over the pool: its last digits depend on the order in which prompts came.
+                harm=round(prefill.harm + decode.harm, 6),
             ),
         )
 

@@ -37,6 +37,7 @@ class Prediction:
         output_tokens: of its answer.
         chance: to keep its SLO, 0 to 1.
         cached_tokens: of its prompt, that need no computing where it is to be computed.
+        harm: others' expected loss by it, in requests; 0 from policies that don't ask.
     """
 
     queue_s: float
@@ -47,6 +48,7 @@ class Prediction:
     output_tokens: int
     chance: float
     cached_tokens: int = 0
+    harm: float = 0.0
 
     @classmethod
     def counted(cls, output_tokens: int, cached_tokens: int = 0) -> Prediction:

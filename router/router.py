@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from router.hop import EngineOutput, Hop
 from router.policy import Decision, Policy, Unsplit
 from router.predictor import Predictor
 from router.run import Run
+from router.slack import Slack
 from router.view import ClusterView
 from router.waiting_line import WaitingLine
 
@@ -112,6 +114,7 @@ class Router:
         with_prefixes: bool = False,
         decisions: Decisions | None = None,
         tenant_weights: Mapping[str, float] | None = None,
+        promised_tpot_s: float = math.inf,
     ) -> None:
         """
         Args:
@@ -120,6 +123,7 @@ class Router:
             with_prefixes: whether the policy wants to know what is in the instances' caches.
             decisions: keeps what is decided, for those who ask.
             tenant_weights: shares of tenants that are not 1.
+            promised_tpot_s: the tightest bound of all classes, for which those that fill slack leave room.
         """
         self.deadlines = deadlines
         self.metrics = metrics
@@ -136,6 +140,7 @@ class Router:
         self._decisions = decisions
         self.line = WaitingLine()
         self.admission = Admission(deadlines.prefill_s, tenant_weights)
+        self.slack = Slack(self.fleet, promised_tpot_s)
         self._client = client
         self._hops: dict[str, Hop] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
@@ -188,6 +193,7 @@ class Router:
             Draining: this router takes no new requests.
             NoInstance: a role has no READY instance.
             Rejected: it would miss its SLO.
+            NoSlack: it fills slack, and there is none.
         """
         if self._draining:
             raise Draining()
@@ -202,6 +208,7 @@ class Router:
         task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
         self._runs[request.request_id] = task
         self._quiet.clear()
+        self.slack.running += request.fills_slack
         task.add_done_callback(lambda ended: self._ended(run, ended))
 
     def abort(self, request_ids: Iterable[str], outcome: str = "cancelled") -> None:
@@ -339,7 +346,10 @@ class Router:
                 error = EngineFailure(instance="router", stage=run.stage.value, detail=repr(error))
             outcome = error.reason
             self._client.fail(request_id, error)
-        self.admission.ended(run.request, run.predicted, len(run.generated))
+        if run.request.fills_slack:
+            self.slack.running -= 1
+        else:
+            self.admission.ended(run.request, run.predicted, len(run.generated))
         if outcome == "ok" and self.predictor is not None:
             self.predictor.lengths.add(run.request.slo_class, len(run.generated))
         self._client.forget(request_id)

@@ -57,7 +57,8 @@ class Run:
 
     def admit(self) -> bool:
         """Decide where it goes and reserve room there; False when all have refused it. Raises ServingError
-        when it can't go anywhere, and Rejected for a request without tokens that would miss its SLO."""
+        when it can't go anywhere, Rejected for a request without tokens that would miss its SLO, and NoSlack
+        for one that fills slack and finds none."""
         asked = self.request
         if self._offers.count and not self.generated:
             asked = replace(asked, slo=self._offers.left(asked.slo, self._now()))
@@ -66,7 +67,7 @@ class Run:
             return False
         self._decision = decision
         if not self._avoid:
-            self._require(decision.predicted)
+            self._let_in(decision)
         self._claim = Claim(
             self._router.fleet,
             self.request,
@@ -78,9 +79,12 @@ class Run:
         )
         return True
 
-    def _require(self, predicted: Prediction | None) -> None:
-        admission = self._router.admission
-        if not self._offers.count:
+    def _let_in(self, decision: Decision) -> None:
+        slack, admission, predicted = self._router.slack, self._router.admission, decision.predicted
+        if self.request.fills_slack:
+            slack.require(self.request, decision, self._now())
+        elif not self._offers.count:
+            slack.came(self.request.slo, self._now())
             admission.require(self.request, predicted, self._now())
             admission.admitted(self.request, predicted)
         elif predicted is not None:

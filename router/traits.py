@@ -48,6 +48,7 @@ class Traits:
         slo_class: name of its class; empty for none.
         priority: of the class; the body's `priority` is added to it.
         session_id, tenant: as the client named them; empty for none.
+        fills_slack: whether it is served only where it takes nothing from others.
     """
 
     slo: Slo = NO_SLO
@@ -55,9 +56,12 @@ class Traits:
     priority: int = 0
     session_id: str = ""
     tenant: str = ""
+    fills_slack: bool = False
 
 
 NO_TRAITS = Traits()
+# Key of an ASGI scope under which a request of this very process has its traits: no client can set it.
+SCOPE_KEY = "pdserve.traits"
 # Of the HTTP request that is being handled: vLLM's handlers have no way to hand on a header.
 CURRENT: ContextVar[Traits] = ContextVar("pdserve_traits", default=NO_TRAITS)
 
@@ -82,7 +86,14 @@ def traits_of(headers: Mapping[str, str], spec: SloSpec) -> Traits:
             ttft_s=slo.ttft_s if ttft_s is None else ttft_s, tpot_s=slo.tpot_s if tpot_s is None else tpot_s
         )
     session_id, tenant = _name(headers, SESSION_HEADER), _name(headers, TENANT_HEADER)
-    return Traits(slo=slo, slo_class=name, priority=of_class.priority, session_id=session_id, tenant=tenant)
+    return Traits(
+        slo=slo,
+        slo_class=name,
+        priority=of_class.priority,
+        session_id=session_id,
+        tenant=tenant,
+        fills_slack=of_class.fills_slack,
+    )
 
 
 def _class_name(headers: Mapping[str, str], spec: SloSpec) -> str:
@@ -140,7 +151,7 @@ class TraitsMiddleware:
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
         try:
-            traits = traits_of(headers, self._spec)
+            traits = scope.get(SCOPE_KEY) or traits_of(headers, self._spec)
         except BadHeader as error:
             await _refuse(error, send)
             return

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cluster import vllm_api
-from cluster.errors import ServingError
+from cluster.errors import NoSlack, ServingError
 from cluster.handle import keep_for_reader
 from cluster.instance import InstanceInfo, InstanceState, Role
 from cluster.metrics import IngressMetrics
@@ -68,6 +68,9 @@ def hop_request(original: Any, hop: Hop) -> Any:
     request.prompt_token_ids = hop.prompt_token_ids
     request.external_req_id = None
     request.client_index = 0
+    request.priority = (
+        hop.request.priority
+    )  # with that of its class; it counts where vLLM's policy is priority
     sent = len(hop.prompt_token_ids) - len(hop.request.prompt_token_ids)
     if hop.kind is HopKind.PREFILL and not hop.deliver:
         # Its token is for nobody: sample it the cheapest way, whatever the client asked.
@@ -119,6 +122,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             with_prefixes=spec.policy in PREFIX_AWARE,
             decisions=self.decisions,
             tenant_weights=spec.slo.tenant_weights,
+            promised_tpot_s=spec.slo.tightest_tpot_s,
         )
         self.links = LinkKeeper(
             self.router, ingress=ingress, engine=engine, encode=self._encode, on_outputs=self._on_outputs
@@ -170,6 +174,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                     priority=traits.priority + request.priority,
                     session_id=traits.session_id,
                     tenant=traits.tenant,
+                    fills_slack=traits.fills_slack,
                     plain_prompt=not (request.lora_request or request.cache_salt or request.mm_features),
                 )
             )
@@ -190,7 +195,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         state = self.output_processor.request_states.get(request_id)
         if state is None:
             return
-        logger.warning("request %s ended: %s", request_id, error)
+        if not isinstance(error, NoSlack):  # whoever fills slack asks again and again
+            logger.warning("request %s ended: %s", request_id, error)
         whole = state.parent_req.request_id if state.parent_req is not None else request_id
         self.router.abort(self.output_processor.abort_requests([whole], internal=True), outcome=error.reason)
         state.queue.put(RequestEnded(error))

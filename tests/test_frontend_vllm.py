@@ -119,6 +119,7 @@ async def hop(kind: HopKind, sent: list[int], *, carries: bool = True, source: H
         prompt_token_ids=PROMPT,
         max_tokens=20,
         handoff=Handoff.TOKENS if carries else Handoff.KV_ONLY,
+        priority=4,
     )
     return Hop(
         hop_id="r~1",
@@ -141,7 +142,8 @@ async def test_a_prefill_hop_asks_for_one_token_and_keeps_its_blocks() -> None:
     assert request.request_id == "r~1"
     assert (params.max_tokens, params.min_tokens, params.logprobs, params.prompt_logprobs) == (1, 1, 2, 1)
     assert params.extra_args["kv_transfer_params"]["do_remote_decode"]
-    assert (request.cache_salt, request.priority) == ("salt", 3)
+    # What the router has made of the client's priority and its class's.
+    assert (request.cache_salt, request.priority) == ("salt", 4)
     # The client's own request is as it was: the next hop starts from it again.
     assert (client.request_id, client.sampling_params.max_tokens, client.sampling_params.extra_args) == (
         "r",

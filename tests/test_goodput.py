@@ -94,6 +94,17 @@ def test_a_loose_request_leaves_the_light_instance_to_tight_ones() -> None:
     assert policy().decide(request(loose), easy, 0.0).decode == "decode-1"
 
 
+def test_what_it_costs_the_others_is_told() -> None:
+    """39 ms of 40: one more costs each of the 29 some of its chance."""
+    tight = view_of(prefill(0), decode(0, 29, 0.04))
+    easy = view_of(prefill(0), decode(0, 29, math.inf))
+    found, nothing = (policy().decide(request(), view, 0.0).predicted for view in (tight, easy))
+    assert found is not None
+    assert nothing is not None
+    assert found.harm > 1
+    assert nothing.harm == 0
+
+
 def test_who_wants_one_token_is_not_judged_by_the_decodes() -> None:
     crowded = view_of(prefill(0), decode(0, 60, 0.02))
     asked = request(Slo(ttft_s=1.0, tpot_s=0.012))

@@ -12,7 +12,7 @@ from cluster.errors import SpecError
 from cluster.request import NO_SLO, Slo
 from cluster.slo_spec import SloSpec
 from cluster.spec import parse_spec
-from router.traits import CURRENT, NO_TRAITS, BadHeader, Traits, TraitsMiddleware, traits_of
+from router.traits import CURRENT, NO_TRAITS, SCOPE_KEY, BadHeader, Traits, TraitsMiddleware, traits_of
 
 SPEC = SloSpec.model_validate(
     {
@@ -21,6 +21,7 @@ SPEC = SloSpec.model_validate(
             "interactive": {"ttft_ms": 300, "tpot_ms": 50},
             "batch": {"priority": 10},
             "agents": {"ttft_ms": 2000, "priority": 1},
+            "flex": {"fills_slack": True},
         },
         "by_api_key": {"sk-night": "batch"},
     }
@@ -54,6 +55,11 @@ def test_the_class_is_that_of_the_header_then_of_the_key() -> None:
     assert traits_of({"authorization": "Basic sk-night"}, SPEC).slo_class == "interactive"
 
 
+def test_a_class_may_fill_slack() -> None:
+    assert traits_of({"x-pdserve-slo-class": "flex"}, SPEC).fills_slack
+    assert not traits_of({}, SPEC).fills_slack
+
+
 def test_session_and_tenant() -> None:
     traits = traits_of({"x-session-id": " s1 ", "x-tenant-id": "acme"}, SPEC)
     assert (traits.session_id, traits.tenant) == ("s1", "acme")
@@ -68,7 +74,7 @@ def test_a_bound_that_is_no_positive_number_is_refused(header: str, value: str) 
 
 
 def test_an_unknown_class_is_refused_with_the_names() -> None:
-    with pytest.raises(BadHeader, match="interactive, batch, agents"):
+    with pytest.raises(BadHeader, match="interactive, batch, agents, flex"):
         traits_of({"x-pdserve-slo-class": "gold"}, SPEC)
     with pytest.raises(BadHeader, match="under 'slo' in the spec"):
         traits_of({"x-pdserve-slo-class": "gold"}, SloSpec())
@@ -84,6 +90,7 @@ def test_a_name_without_end_is_refused() -> None:
     [
         ({"default": "gold"}, "slo", "classes are none"),
         ({"classes": {"a": {}}, "by_api_key": {"k": "b"}}, "slo", "names class 'b', the classes are a"),
+        ({"classes": {"a": {"ttft_ms": 9, "fills_slack": True}}}, "slo.classes.a", "has no bounds"),
         ({"classes": {"a": {"ttft_ms": 0}}}, "slo.classes.a.ttft_ms", "greater than 0"),
         ({"classes": {"a": {"ttft_ms": math.inf}}}, "slo.classes.a.ttft_ms", "finite"),
         ({"class": {}}, "slo.class", "no such key; the keys here are by_api_key, classes, default"),
@@ -97,7 +104,7 @@ def test_a_wrong_slo_section_is_refused(slo: dict[str, Any], path: str, told: st
     assert told in caught.value.allowed
 
 
-async def call(headers: dict[str, str]) -> tuple[list[dict[str, Any]], list[Traits]]:
+async def call(headers: dict[str, str], **scope: Any) -> tuple[list[dict[str, Any]], list[Traits]]:
     """(what was sent, what the app saw) of one request."""
     sent: list[dict[str, Any]] = []
     seen: list[Traits] = []
@@ -112,7 +119,7 @@ async def call(headers: dict[str, str]) -> tuple[list[dict[str, Any]], list[Trai
         raise AssertionError("the body is not read here")
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await TraitsMiddleware(app, SPEC)({"type": "http", "headers": raw}, receive, send)
+    await TraitsMiddleware(app, SPEC)({"type": "http", "headers": raw, **scope}, receive, send)
     return sent, seen
 
 
@@ -121,6 +128,13 @@ async def test_handlers_see_the_traits_of_their_request_and_nobody_else() -> Non
     assert not sent
     assert [traits.slo_class for traits in seen] == ["batch"]
     assert CURRENT.get() is NO_TRAITS
+
+
+async def test_a_request_of_this_process_brings_its_traits() -> None:
+    ours = Traits(fills_slack=True)
+    sent, seen = await call({"x-pdserve-slo-class": "batch"}, **{SCOPE_KEY: ours})
+    assert not sent
+    assert seen == [ours]
 
 
 async def test_a_bad_header_is_an_openai_error() -> None:

@@ -98,6 +98,7 @@ class Simulation:
             by_deadline=spec.prefill_order == "deadline",
             with_prefixes=spec.policy in PREFIX_AWARE,
             tenant_weights=spec.slo.tenant_weights,
+            promised_tpot_s=spec.slo.tightest_tpot_s,
         )
         self._instances.router = self._router
         self._journal.on_end = lambda name: self._instances.block_hashes.pop(name, None)
@@ -194,6 +195,7 @@ class Simulation:
                         max_tokens=request.output_tokens,
                         slo=slo_class.slo,
                         slo_class=slo_class.name,
+                        fills_slack=slo_class.fills_slack,
                     )
                 )
             except ServingError as error:

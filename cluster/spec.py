@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from cluster.batch_spec import BatchSpec
 from cluster.errors import SpecError
 from cluster.frozen import Frozen
 from cluster.instance import Role
@@ -171,6 +172,7 @@ class ClusterSpec(Frozen):
         engine_options: any vLLM engine option, for both pools and the ingress.
         policy: name of the router's policy (`router.policies`).
         slo: classes of requests.
+        batch: offline batches.
         prefill_order: which prompt goes first: the one that came first, or the one that is due first, for
             which another gives way between two of its chunks.
         prefill_queue: whether a prefill instance refuses a prompt that would wait there for longer than its
@@ -195,6 +197,7 @@ class ClusterSpec(Frozen):
     sim: SimEngineSpec = Field(default_factory=SimEngineSpec)
     policy: str = "goodput"
     slo: SloSpec = Field(default_factory=SloSpec)
+    batch: BatchSpec = Field(default_factory=BatchSpec)
     prefill_order: Literal["arrival", "deadline"] = "arrival"
     prefill_queue: Literal["bounded", "open"] = "bounded"
     decode_admission: Literal["free_blocks", "predicted_peak"] = "free_blocks"

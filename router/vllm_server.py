@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,10 @@ from cluster import vllm_api
 from cluster.errors import SpecError
 from cluster.spec import ClusterSpec
 from cluster.vllm_options import server_arguments
+from router.batch_ask import asking
+from router.batch_routes import add_batches
+from router.batch_runner import BatchRunner
+from router.batch_store import BatchStore
 from router.traits import TraitsMiddleware
 from router.vllm_frontend import ClusterCore, RemoteLLM, RequestEnded, cluster_status
 
@@ -53,8 +58,16 @@ async def build_server(spec: ClusterSpec, core: ClusterCore) -> FastAPI:
     # vLLM's app has its middleware built already, without ours and our error handler: have it built again.
     app.middleware_stack = None
     _add_routes(app, core, spec)
+    store = BatchStore(spec.batch.path(spec.name))
+    runner = BatchRunner(store, asking(app, _api_key(args)), spec.batch)
+    add_batches(app, store, runner, spec.batch)
     app.add_middleware(TraitsMiddleware, spec=spec.slo)
     return app
+
+
+def _api_key(args: Namespace) -> str | None:
+    """One that the server accepts, by vLLM's rule; None where it wants none."""
+    return next(filter(None, args.api_key or [os.environ.get("VLLM_API_KEY")]), None)
 
 
 def _add_routes(app: FastAPI, core: ClusterCore, spec: ClusterSpec) -> None:

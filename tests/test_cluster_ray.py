@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -39,6 +40,7 @@ def twin_spec(model: Path) -> ClusterSpec:
             "prefill": {"count": 2, "cpus": 0.1},
             "decode": {"count": 2, "cpus": 0.1},
             "ingress": {"port": PORT, "cpus": 0, "replicas": 2},
+            "batch": {"directory": str(model.parent / "batches")},
         }
     )
 
@@ -139,6 +141,74 @@ async def test_clients_that_leave_leave_nothing_behind(url: str, client: Any) ->
         await asyncio.sleep(0.01 * (number % 5))  # some in their prefill, some reading, some decoding
         stream.cancel()
     await asyncio.gather(*streams, return_exceptions=True)
+    await wait_empty(url)
+
+
+def batch_line(custom_id: str, prompt: list[int], **body: Any) -> str:
+    asked = {"model": "twin", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    body = asked | {"return_token_ids": True} | body
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body})
+
+
+async def run_batch(client: Any, *lines: str) -> Any:
+    """A batch of these lines, when it has ended."""
+    content = "\n".join(lines).encode()
+    file = await client.files.create(file=("in.jsonl", content), purpose="batch")
+    batch = await client.batches.create(
+        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+    )
+    async with asyncio.timeout(60):
+        while batch.status not in ("completed", "failed", "expired", "cancelled"):
+            await asyncio.sleep(0.1)
+            batch = await client.batches.retrieve(batch.id)
+    return batch
+
+
+async def answers(client: Any, file_id: str) -> dict[str, Any]:
+    lines = (await client.files.content(file_id)).text.splitlines()
+    assert len({json.loads(line)["custom_id"] for line in lines}) == len(lines)
+    return {(answer := json.loads(line))["custom_id"]: answer for line in lines}
+
+
+async def test_a_batch_whichever_replica_is_asked(url: str, client: Any) -> None:
+    await wait_ready(url)
+    prompts = {f"r{n}": [600 + n % 4] * 40 + [n] for n in range(40)}
+    lines = [batch_line(name, prompt) for name, prompt in prompts.items()]
+    batch = await run_batch(client, *lines, batch_line("nobody", [1], model="nobody"))
+    assert batch.status == "completed"
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (41, 40, 1)
+    done = await answers(client, batch.output_file_id)
+    assert {name: answer["response"]["body"]["choices"][0]["token_ids"] for name, answer in done.items()} == {
+        name: expected_tokens(prompt, 8) for name, prompt in prompts.items()
+    }
+    failed = (await answers(client, batch.error_file_id))["nobody"]
+    assert failed["response"]["status_code"] == 404
+    assert "nobody" in failed["response"]["body"]["error"]["message"]
+    assert batch.id in {one.id async for one in client.batches.list()}
+    await wait_empty(url)
+
+
+async def test_a_batch_with_bad_lines_is_told_which(client: Any) -> None:
+    batch = await run_batch(client, batch_line("a", [1]), "nonsense", batch_line("a", [2]))
+    assert batch.status == "failed"
+    assert [error.line for error in batch.errors.data] == [2, 3]
+
+
+async def test_a_batch_that_is_cancelled_stops(url: str, client: Any) -> None:
+    lines = [batch_line(f"r{n}", [700 + n], max_tokens=3000) for n in range(20)]
+    content = "\n".join(lines).encode()
+    file = await client.files.create(file=("in.jsonl", content), purpose="batch")
+    batch = await client.batches.create(
+        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+    )
+    assert (await client.files.delete(file.id)).deleted
+    assert (await client.batches.cancel(batch.id)).status == "cancelling"
+    async with asyncio.timeout(30):
+        while batch.status != "cancelled":
+            await asyncio.sleep(0.1)
+            batch = await client.batches.retrieve(batch.id)
+    assert len(await answers(client, batch.error_file_id)) == 20
     await wait_empty(url)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 
+from cluster.batch_spec import BatchSpec
 from cluster.spec import ClusterSpec, load_spec
 from deploy.status import fetch_status
 from deploy.status import read_metric as metric
@@ -36,6 +37,7 @@ def cluster_spec(model: Path, decode: int) -> ClusterSpec:
             "engine_options": {**spec.engine_options, "dtype": "float32"},
             "decode": spec.decode.model_copy(update={"count": decode, "cpus": 0.5}),
             "ingress": spec.ingress.model_copy(update={"port": PORT}),
+            "batch": BatchSpec(directory=str(model.parent / "batches")),
         }
     )
 
@@ -261,6 +263,45 @@ async def test_responses_and_tokenize(url: str, client: Any) -> None:
     back = await asyncio.to_thread(post, "/detokenize", {"model": "tiny", "tokens": tokens})
     assert back["prompt"].endswith("a b c")
     assert [m.id for m in (await client.models.list()).data] == ["tiny"]
+
+
+async def test_a_batch_says_what_the_api_says(client: Any) -> None:
+    bodies = [
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": f"{n}?"}],
+            "max_tokens": 8,
+            "temperature": 0,
+        }
+        for n in range(6)
+    ]
+    bodies.append({"model": "tiny", "messages": CHAT, "temperature": -3})
+    lines = [
+        {"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": body}
+        for n, body in enumerate(bodies)
+    ]
+    content = "\n".join(map(json.dumps, lines)).encode()
+    file = await client.files.create(file=("in.jsonl", content), purpose="batch")
+    batch = await client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    async with asyncio.timeout(60):
+        while batch.status not in ("completed", "failed"):
+            await asyncio.sleep(0.1)
+            batch = await client.batches.retrieve(batch.id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (6, 1)
+    output = [
+        json.loads(line) for line in (await client.files.content(batch.output_file_id)).text.splitlines()
+    ]
+    said = {
+        int(one["custom_id"]): one["response"]["body"]["choices"][0]["message"]["content"] for one in output
+    }
+    for n, body in enumerate(bodies[:6]):
+        answer = await client.chat.completions.create(**body)
+        assert said[n] == answer.choices[0].message.content
+    failed = json.loads((await client.files.content(batch.error_file_id)).text)
+    assert failed["response"]["status_code"] == 400
+    assert "temperature" in failed["response"]["body"]["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ FACTS: dict[str, Any] = {
     "ttft_s": 2.0, "tpot_s": 0.1, "ttft_bound_s": 1.0, "tpot_bound_s": 0.2, "retry_after_s": 3,
     "header": "x", "why": "w", "limit_s": 0.7, "wait_s": 0.5,
     "waited_s": 3.0, "bound_s": 1.0, "request": "r", "asked": 2,
+    "kind": "file", "name": "n", "batch": "b", "status": "failed", "param": "p", "bytes": 5, "most_bytes": 4,
     "now_s": 1.0, "waiting": ["main in f"], "callbacks": 3, "last": "l", "source": "a", "target": "b",
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from router.view import LastSeen
 from tests.twins import FACTS, TwinCluster, info_of, until
 
 GOOD = Prediction(
-    queue_s=0.0, work_s=0.1, ttft_s=0.1, tpot_s=0.02, stage_s=0.1, iteration_s=0.02, output_tokens=100,
+    queue_s=0.0, work_s=0.1, ttft_s=0.1, tpot_s=0.02, iteration_s=0.02, output_tokens=100,
     chance=1.0,
 )  # fmt: skip
 REQUEST = ServeRequest(request_id="r", prompt_token_ids=[1] * 1000, max_tokens=200, fills_slack=True)

@@ -52,6 +52,7 @@ class EngineFacts:
         kv_bytes_per_token: bytes of KV cache a token takes over all layers and ranks.
         max_num_seqs: requests in a batch.
         tensor_parallel_size, pipeline_parallel_size: ranks.
+        max_loras, max_cpu_loras: LoRA adapters in a batch, and in host memory; 0 without any.
     """
 
     fingerprint: Fingerprint
@@ -61,6 +62,8 @@ class EngineFacts:
     max_num_seqs: int
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    max_loras: int = 0
+    max_cpu_loras: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,6 +71,7 @@ class ServeRequest:
         session_id, tenant: who sends it; empty where the client does not say.
         fills_slack: whether it is served only where it takes nothing from others.
         plain_prompt: whether its KV follows from its tokens alone: no adapter, image or salt.
+        adapter: name of its LoRA adapter; empty for the model alone.
     """
 
     request_id: str
@@ -84,6 +85,7 @@ class ServeRequest:
     tenant: str = ""
     fills_slack: bool = False
     plain_prompt: bool = True
+    adapter: str = ""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -98,16 +98,17 @@ class BlockPool:
         """Blocks that so many tokens fill, the last one perhaps in part."""
         return -(-tokens // self.block_size)
 
-    def hashes(self, tokens: Sequence[int], known: Sequence[int] = ()) -> list[int]:
+    def hashes(self, tokens: Sequence[int], known: Sequence[int] = (), before: int = 0) -> list[int]:
         """Chain hash of every full block: equal hash, equal tokens up to its end. None without caching.
 
         Args:
             known: hashes of leading blocks, where somebody has them already.
+            before: other than 0 where their KV follows from more than tokens, and from what.
         """
         if not self._caching:
             return []
         rest = tokens[len(known) * self.block_size :] if known else tokens
-        return [*known, *chain_hashes(rest, self.block_size, known[-1] if known else 0)]
+        return [*known, *chain_hashes(rest, self.block_size, known[-1] if known else before)]
 
     def spans(self, tokens: Sequence[int]) -> list[int]:
         """Names of the full spans, by which others speak of them; none where nobody asks."""

@@ -221,6 +221,8 @@ class SimEngine:
             max_num_seqs=options.max_num_seqs,
             tensor_parallel_size=options.gpus // options.pipeline_stages,
             pipeline_parallel_size=options.pipeline_stages,
+            max_loras=options.max_loras,
+            max_cpu_loras=options.max_cpu_loras,
         )
 
     def add(self, frames: Frames) -> None:
@@ -245,6 +247,7 @@ class SimEngine:
             hands_over=bool(transfer.get("do_remote_decode")),
             remote=transfer if transfer.get("do_remote_prefill") else None,
             last_token=request.prompt_token_ids[-1] if request.prompt_token_ids else 0,
+            adapter=request.lora_request[0] if request.lora_request else "",
             deadline_s=due_in_s if due_in_s == math.inf else asyncio.get_running_loop().time() + due_in_s,
         )
         if self._flights:
@@ -275,6 +278,11 @@ class SimEngine:
             self._has_changed()
 
     async def call(self, method: str, args: list[Any]) -> Any:
+        if method == "add_lora":
+            name = args[0][0]
+            self._scheduler.adapter_loads += self._scheduler.adapters.use(name)
+            self._scheduler.adapters.done(name)
+            return True
         raise NotImplementedError(f"the twin engine has no method {method!r}")
 
     async def outputs(self) -> StepOutputs:
@@ -371,6 +379,11 @@ class SimEngine:
         return self._scheduler.prefix_hit_tokens
 
     @property
+    def adapter_loads(self) -> int:
+        """LoRA adapters that were read from their files."""
+        return self._scheduler.adapter_loads
+
+    @property
     def idle(self) -> bool:
         """Whether it holds no request and no block for anybody."""
         return self._scheduler.empty and not self._scheduler.pool.used
@@ -397,6 +410,8 @@ class SimEngine:
                         self._watcher.begun(chunk.sequence.request_id, start_s)
             slowdown = self._slowdown_of(step.batch)
             stage_s = slowdown * self._options.latency.iteration_s(step.batch) / len(self._stage_free_s)
+            if step.loads:
+                stage_s += step.loads * self._options.adapter_load_s / len(self._stage_free_s)
             ends = [self._through_stages(stage_s, start_s)]
             if self._quiet_s and is_settled and not step.chunks and self._options.pipeline_stages == 1:
                 self._run_ahead(lane, step.batch, ends)

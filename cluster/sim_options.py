@@ -41,6 +41,8 @@ class TwinOptions:
         latency: iteration times.
         kv_bytes_per_token: over all layers, of the whole model.
         lease_s: how long blocks are kept for a reader that nobody hears of.
+        max_loras, max_cpu_loras, adapter_load_s: LoRA adapters in an iteration and in host memory, 0 for
+            none, and what loading one takes.
     """
 
     blocks: int
@@ -58,6 +60,9 @@ class TwinOptions:
     gpus: int = 1
     kv_bytes_per_token: int = 0
     lease_s: float = 30.0
+    max_loras: int = 0
+    max_cpu_loras: int = 0
+    adapter_load_s: float = 0.0
 
 
 def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]) -> TwinOptions:
@@ -100,6 +105,7 @@ def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]
             value=seqs,
             allowed=f"as in vLLM, at most max_num_batched_tokens, which is {batched} for {role}",
         )
+    loras = int(options.get("max_loras") or 1) if options.get("enable_lora") else 0
     return TwinOptions(
         blocks=blocks,
         block_size=block_size,
@@ -116,6 +122,9 @@ def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]
         gpus=pool.ranks,
         kv_bytes_per_token=shape.kv_bytes_per_token if shape else 0,
         lease_s=float(spec.transfer.lease_s),
+        max_loras=loras,
+        max_cpu_loras=int(options.get("max_cpu_loras") or loras) if loras else 0,
+        adapter_load_s=sim.adapter_load_s,
     )
 
 

@@ -14,10 +14,12 @@ from bisect import insort
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
+from cluster.adapter_slots import AdapterSlots
 from cluster.latency import Batch
+from cluster.prefix_hash import chain as chain_hash
 from cluster.sim_blocks import BlockPool, BlockTable
 from cluster.sim_decode import DecodeGroup
 from cluster.sim_options import TwinOptions
@@ -34,6 +36,7 @@ class Sequence:
         hands_over: whether its end tells how to read them.
         remote: `kv_transfer_params` of blocks to read first, while they are to be read.
         deadline_s: time by which it shall have its first token.
+        adapter: name of its LoRA adapter; empty for none.
         total: tokens whose KV must be there before it gets its next token.
         computed: tokens whose KV is there, or will be with the iterations that run.
         in_flight: those of them that running iterations compute.
@@ -56,6 +59,7 @@ class Sequence:
     hands_over: bool = False
     remote: Mapping[str, Any] | None = None
     deadline_s: float = math.inf
+    adapter: str = ""
     total: int = 0
     computed: int = 0
     in_flight: int = 0
@@ -90,10 +94,11 @@ class Chunk(NamedTuple):
 
 class Step(NamedTuple):
     """One iteration, decided: chunks of prompts, and a token for each member of the lane's group unless the
-    chunks are computed alone."""
+    chunks are computed alone. Before it, `loads` adapters are loaded."""
 
     chunks: list[Chunk]
     batch: Batch
+    loads: int = 0
 
 
 class PromptOrder(Protocol):
@@ -126,6 +131,8 @@ class Scheduler:
         loaded_waiting: those whose KV has come, in the order in which they took their blocks. They go first:
             who holds blocks must not wait for one who waits for blocks.
         kept: ended requests whose blocks wait for a reader.
+        adapters: those of running requests have slots.
+        adapter_loads: how many were loaded so far.
     """
 
     def __init__(
@@ -142,6 +149,8 @@ class Scheduler:
         self.loading: dict[str, Sequence] = {}
         self.loaded_waiting: list[Sequence] = []
         self.kept: dict[str, Sequence] = {}
+        self.adapters = AdapterSlots(options.max_loras, options.max_cpu_loras)
+        self.adapter_loads = 0
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self._prefilling: list[Sequence] = []
@@ -164,8 +173,15 @@ class Scheduler:
                 f"{sequence.total} prompt and {sequence.limit} output tokens do not fit max_model_len "
                 f"{self.options.max_model_len}"
             )
-        sequence.table.hashes = self.pool.hashes(sequence.tokens, known_hashes)
-        sequence.table.spans = self.pool.spans(sequence.tokens)
+        if sequence.adapter and not self.options.max_loras:
+            raise ValueError(f"adapter {sequence.adapter!r} for an engine without enable_lora")
+        if sequence.adapter:
+            # Its KV is that adapter's, and nobody finds it by tokens.
+            before = chain_hash(0, tuple(sequence.adapter.encode()))
+            sequence.table.hashes = self.pool.hashes(sequence.tokens, known_hashes, before)
+        else:
+            sequence.table.hashes = self.pool.hashes(sequence.tokens, known_hashes)
+            sequence.table.spans = self.pool.spans(sequence.tokens)
         self._members[sequence.request_id] = sequence
         self.waiting.append(sequence)
 
@@ -238,9 +254,9 @@ class Scheduler:
         group = self.groups[lane]
         to_read: list[Sequence] = []
         budget = self.options.max_num_batched_tokens
-        before = self.preemptions
+        before, loads = self.preemptions, self.adapter_loads
         if self.options.separate_prefill and (chunks := self._prompts(group, budget, before, to_read, now_s)):
-            return Step(chunks, _batch(None, chunks)), to_read
+            return Step(chunks, _batch(None, chunks), self.adapter_loads - loads), to_read
         while not self.pool.take(group.blocks_at(0)):
             victim = self._victim(group)
             assert victim is not None  # who needs a block is one
@@ -252,7 +268,7 @@ class Scheduler:
         if not chunks and not group.members:
             group.begun = False
             return None, to_read
-        return Step(chunks, _batch(group, chunks)), to_read
+        return Step(chunks, _batch(group, chunks), self.adapter_loads - loads), to_read
 
     def complete(self, lane: int, chunks: list[Chunk], steps: int) -> list[Sequence]:
         """Iterations of a lane have ended: the first with `chunks`, all with its group where that had begun.
@@ -364,15 +380,16 @@ class Scheduler:
             return
         running = self.running
         while budget > 0 and running < self.options.max_num_seqs:
-            if not self.loaded_waiting and not most:
+            queue, sequence = self._next(most)
+            if sequence is None:
                 return
-            sequence = self.loaded_waiting[0] if self.loaded_waiting else self.waiting[0]
-            if self._gate is not None and not self.loaded_waiting and not self._fits(sequence, self._gate):
+            is_new = queue is self.waiting
+            if self._gate is not None and is_new and not self._fits(sequence, self._gate):
                 return
             if sequence.remote is not None:
                 if not self._begin_loading(sequence):
                     return
-                self.waiting.popleft()
+                self.waiting.remove(sequence)
                 most -= 1
                 to_read.append(sequence)
                 continue
@@ -386,16 +403,24 @@ class Scheduler:
                 self.prefix_hit_tokens += before
                 if not sequence.generated:
                     sequence.local = before
-            if self.loaded_waiting:
-                del self.loaded_waiting[0]
-            else:
-                self.waiting.popleft()
-                most -= 1
+            queue.remove(sequence)
+            most -= is_new
+            if sequence.adapter:
+                self.adapter_loads += self.adapters.use(sequence.adapter)
             self._prefilling.append(sequence)
             self._number(sequence)
             running += 1
             chunks.append(self._advance(sequence, tokens))
             budget -= tokens
+
+    def _next(self, most: int) -> tuple[list[Sequence] | deque[Sequence], Sequence | None]:
+        """Who is begun next, and in which queue it is; of those that wait only the first `most` may be. As in
+        vLLM, one whose adapter finds no slot lets the others by."""
+        for queue, count in ((self.loaded_waiting, len(self.loaded_waiting)), (self.waiting, most)):
+            for sequence in islice(queue, count):
+                if not sequence.adapter or self.adapters.can_run(sequence.adapter):
+                    return queue, sequence
+        return self.waiting, None
 
     def _fits(self, sequence: Sequence, gate: MemoryGate) -> bool:
         """Whether the gate lets a request that waits in."""
@@ -490,10 +515,12 @@ class Scheduler:
         group = self.groups[sequence.lane]
         if sequence.request_id in group.members:
             group.leave(sequence)
+            self.adapters.done(sequence.adapter)
         elif self.loading.pop(sequence.request_id, None) is not None:
             return
         elif sequence in self._prefilling:
             self._prefilling.remove(sequence)
+            self.adapters.done(sequence.adapter)
         elif sequence in self.loaded_waiting:
             self.loaded_waiting.remove(sequence)
         else:
@@ -503,6 +530,7 @@ class Scheduler:
         del self._members[sequence.request_id]
         sequence.ended = True
         self._is_full = False
+        self.adapters.done(sequence.adapter)
         if self._gate is not None:
             self._gate.ended(sequence.generated)
         if sequence.keeps:

@@ -108,6 +108,19 @@ class TransferSpec(Frozen):
     ucx_tls: str | None = None
 
 
+class LoraSpec(Frozen):
+    """LoRA adapters; how many fit is vLLM's `enable_lora`, `max_loras`, ... in `engine_options`.
+
+    Attributes:
+        adapters: directory, or name on the model hub, by the name that clients ask for as `model`. Engines
+            read them when they first need them, each from its own machine.
+        runtime_updates: whether `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` are there.
+    """
+
+    adapters: dict[str, str] = Field(default_factory=dict)
+    runtime_updates: bool = False
+
+
 class NetworkSpec(Frozen):
     """The links that the twins' KV moves over; what is not given is the hardware's.
 
@@ -144,6 +157,7 @@ class SimEngineSpec(Frozen):
             (frontend_s, handoff_s). Served live, a hop takes what it takes.
         separate_prefill: whether an iteration with prompts holds no decodes and goes first, as in vLLM up to
             0.3; for policy `unsplit`, as on a decode instance every hand-over would stop the others.
+        adapter_load_s: what loading a LoRA adapter takes; also what a policy that predicts expects at first.
     """
 
     profile: str | dict[Role, str] | None = None
@@ -156,6 +170,7 @@ class SimEngineSpec(Frozen):
     max_model_len: PositiveInt | None = None
     hop_s: float = Field(default=0.0, ge=0)
     separate_prefill: bool = False
+    adapter_load_s: float = Field(default=0.1, ge=0)
     network: NetworkSpec = Field(default_factory=NetworkSpec)
 
 
@@ -194,6 +209,7 @@ class ClusterSpec(Frozen):
     ingress: IngressSpec = Field(default_factory=IngressSpec)
     deadlines: DeadlineSpec = Field(default_factory=DeadlineSpec)
     transfer: TransferSpec = Field(default_factory=TransferSpec)
+    lora: LoraSpec = Field(default_factory=LoraSpec)
     sim: SimEngineSpec = Field(default_factory=SimEngineSpec)
     policy: str = "goodput"
     slo: SloSpec = Field(default_factory=SloSpec)
@@ -216,7 +232,15 @@ class ClusterSpec(Frozen):
                     "pipeline stages yet; use tensor_parallel_size (the twin, engine: sim, has stages)"
                 )
             _refuse(pool.engine_options, f"{role}.engine_options")
+            if "enable_lora" in pool.engine_options:
+                raise ValueError(f"{role}.engine_options.enable_lora: both pools need it, use engine_options")
         _refuse(self.engine_options, "engine_options")
+        if (self.lora.adapters or self.lora.runtime_updates) and not self.engine_options.get("enable_lora"):
+            raise ValueError("'lora' needs engine_options: {enable_lora: true}")
+        if self.lora.runtime_updates and self.ingress.replicas > 1:
+            raise ValueError(
+                "lora.runtime_updates with several ingress replicas: one would not know what another was told"
+            )
         return self
 
     @property
@@ -242,15 +266,10 @@ _OURS = {
 }
 
 
-_NOT_YET = {"enable_lora": "LoRA adapters are not routed yet"}
-
-
 def _refuse(options: EngineOptions, where: str) -> None:
     for option in options:
         if option in _OURS:
             raise ValueError(f"{where}.{option} is set by pdserve: {_OURS[option]}")
-        if option in _NOT_YET and options[option]:
-            raise ValueError(f"{where}.{option}: {_NOT_YET[option]}")
 
 
 def load_spec(path: Path | str, overrides: dict[str, Any] | None = None) -> ClusterSpec:

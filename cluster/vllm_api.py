@@ -21,6 +21,7 @@ _HOME = {
     "Scheduler": "vllm.v1.core.sched.scheduler",
     "AsyncEngineArgs": "vllm.engine.arg_utils",
     "EngineCore": "vllm.v1.engine.core",
+    "EngineCoreProc": "vllm.v1.engine.core",
     "EngineCoreClient": "vllm.v1.engine.core_client",
     "Executor": "vllm.v1.executor",
     "KVEventBatch": "vllm.distributed.kv_events",

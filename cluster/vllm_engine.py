@@ -22,11 +22,14 @@ logger = logging.getLogger(__name__)
 
 VLLM_ENGINE_NAME = f"vllm {vllm_api.SUPPORTED_VLLM}"
 _IDLE = Load(running=0, waiting=0, kv_usage=0.0)
+# To read an adapter from a slow disk or a hub.
+ADAPTER_DEADLINE_S = 60.0
 
 
 def engine_facts(config: Any) -> EngineFacts:
     """Facts of a started engine, from its final configuration."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    lora = config.lora_config
     block_size = int(cache.block_size)
     capacity = int(getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * block_size)
     kv_dtype = str(model.dtype) if cache.cache_dtype == "auto" else str(cache.cache_dtype)
@@ -44,6 +47,8 @@ def engine_facts(config: Any) -> EngineFacts:
         max_num_seqs=int(config.scheduler_config.max_num_seqs),
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
+        max_loras=lora.max_loras if lora else 0,
+        max_cpu_loras=lora.max_cpu_loras if lora else 0,
     )
 
 
@@ -85,6 +90,8 @@ class VllmEngine:
         self._load = _IDLE
         self._config: Any = None
         self._events = VllmKvEvents(options)
+        # An adapter that an iteration can't load kills the engine: each is tried before its first request.
+        self._tried_adapters: set[int] = set()
 
     def load(self) -> Load:
         return self._load
@@ -109,6 +116,22 @@ class VllmEngine:
         progress("loading vLLM")
         self._config = engine_config(self._options | {"kv_events_config": self._events.config})
         return self._config
+
+    def _is_untried(self, request: Any) -> bool:
+        adapter = request.lora_request
+        return adapter is not None and adapter.lora_int_id not in self._tried_adapters
+
+    @staticmethod
+    def _refusal(request: Any, error: Exception) -> Any:
+        """Outputs that end a request with what the engine said of it."""
+        logger.warning("request %s is refused: %s", request.request_id, error)
+        refused = vllm_api.EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=[],
+            finish_reason=vllm_api.FinishReason.ERROR,
+            stop_reason=f"{type(error).__name__}: {error}",
+        )
+        return vllm_api.EngineCoreOutputs(outputs=[refused])
 
     def _note_load(self, outputs: Any) -> None:
         stats = outputs.scheduler_stats
@@ -160,7 +183,8 @@ class ThreadEngine(VllmEngine):
 
         def run(core: Any) -> None:
             try:
-                result = getattr(core, method)(*args)
+                called = getattr(core, method)
+                result = called(*vllm_api.EngineCoreProc._convert_msgspec_args(called, args))
             except Exception as error:  # crosses the thread, raised again at the caller
                 loop.call_soon_threadsafe(answer.set_exception, error)
             else:
@@ -220,17 +244,13 @@ class ThreadEngine(VllmEngine):
 
     def _accept(self, core: Any, request: Any) -> None:
         try:
+            if self._is_untried(request):
+                core.add_lora(request.lora_request)
+                self._tried_adapters.add(request.lora_request.lora_int_id)
             core.add_request(*core.preprocess_add_request(request))
-        except (
-            Exception
-        ):  # a request that the engine refuses (a grammar it can't compile) ends that request only
-            logger.exception("request %s", request.request_id)
-            refused = vllm_api.EngineCoreOutput(
-                request_id=request.request_id, new_token_ids=[], finish_reason=vllm_api.FinishReason.ERROR
-            )
-            self._loop.call_soon_threadsafe(
-                self._outbox.put_nowait, vllm_api.EngineCoreOutputs(outputs=[refused])
-            )
+        except Exception as error:
+            # A request that the engine refuses (a grammar it can't compile) ends that request only.
+            self._loop.call_soon_threadsafe(self._outbox.put_nowait, self._refusal(request, error))
 
     def _step(self, core: Any, loop: asyncio.AbstractEventLoop) -> None:
         outputs, executed = core.step_fn()
@@ -262,7 +282,8 @@ class ProcessEngine(VllmEngine):
 
     def add(self, frames: Frames) -> None:
         request = self._decoder.decode(frames)
-        self._send(self._client.add_request_async(request))
+        untried = self._is_untried(request)
+        self._send(self._try_adapter(request) if untried else self._client.add_request_async(request))
 
     def abort(self, request_ids: list[str]) -> None:
         self._send(self._client.abort_requests_async(request_ids))
@@ -285,6 +306,18 @@ class ProcessEngine(VllmEngine):
         if self._client is not None:
             await asyncio.to_thread(self._client.shutdown)
         self._events.close()
+
+    async def _try_adapter(self, request: Any) -> None:
+        """Send a request whose adapter can be loaded, and refuse another."""
+        adapter = request.lora_request
+        try:
+            async with asyncio.timeout(ADAPTER_DEADLINE_S):
+                await self._client.add_lora_async(adapter)
+        except Exception as error:  # whatever is wrong with it, its client must hear of it
+            self._client.outputs_queue.put_nowait(self._refusal(request, error))
+            return
+        self._tried_adapters.add(adapter.lora_int_id)
+        await self._client.add_request_async(request)
 
     def _send(self, sending: Any) -> None:
         # Messages must leave in the order they came: an abort may not overtake its request.

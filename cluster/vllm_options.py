@@ -127,6 +127,9 @@ def server_arguments(spec: ClusterSpec) -> list[str]:
         "port": spec.ingress.port,
         **spec.ingress.server_options,
     }
+    if spec.lora.adapters:
+        ours = [{"name": name, "path": path} for name, path in spec.lora.adapters.items()]
+        options["lora_modules"] = [*options.get("lora_modules", []), *ours]
     return [word for name, value in options.items() for word in _words(name.replace("_", "-"), value)]
 
 
@@ -136,5 +139,5 @@ def _words(flag: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"--{flag}", json.dumps(value)]
     if isinstance(value, list):
-        return [f"--{flag}", *(str(item) for item in value)]
+        return [f"--{flag}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
     return [f"--{flag}", str(value)]

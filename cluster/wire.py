@@ -123,12 +123,16 @@ class Busy(msgspec.Struct, array_like=True):
 
 
 class TokenRequest(msgspec.Struct, array_like=True, omit_defaults=True):
-    """Prefix of vLLM's EngineCoreRequest; `sampling_params` is a map with vLLM's field names."""
+    """Prefix of vLLM's EngineCoreRequest; `sampling_params` is a map with vLLM's field names, `lora_request`
+    a list that begins with the adapter's name."""
 
     request_id: str
     prompt_token_ids: list[int]
     mm_features: Any = None
     sampling_params: Any = None
+    pooling_params: Any = None
+    arrival_time: float = 0.0
+    lora_request: list[Any] | None = None
 
 
 class PrefillCounts(msgspec.Struct, omit_defaults=True):

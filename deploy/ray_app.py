@@ -61,6 +61,8 @@ class IngressReplica:
         if spec.device == "cpu":
             # Tokenizing needs no thread pool, and the engines need the cores.
             os.environ.setdefault("OMP_NUM_THREADS", "1")
+        if spec.lora.runtime_updates:
+            os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         # First, so that the engines load while this process imports vLLM.
         get_or_create_controller(spec).start.remote()
         from router.vllm_server import parse_server_arguments

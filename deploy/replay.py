@@ -153,7 +153,7 @@ class _Replay:
             request, index, seed=options.seed, vocab_low=options.vocab_low, vocab_high=options.vocab_high
         )
         body = {
-            "model": self._model,
+            "model": request.adapter or self._model,
             "prompt": prompt,
             "max_tokens": request.output_tokens,
             "ignore_eos": True,  # of vLLM: the answer has the length of the trace, whatever the model says

@@ -21,6 +21,7 @@ class WorkloadRequest:
 
     `arrival_s` counts from the start of the workload. `hash_ids` names the prompt's blocks of
     `tokens_per_hash` tokens each, first block first: equal id means equal prompt up to that block's end.
+    `adapter` is the LoRA adapter it asks for, empty for none.
     Raises ValueError for a negative or infinite arrival and for a length below one token.
     """
 
@@ -30,6 +31,7 @@ class WorkloadRequest:
     hash_ids: tuple[int, ...] = ()
     session_id: str | None = None
     tokens_per_hash: int = MOONCAKE_TOKENS_PER_HASH
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.arrival_s < math.inf:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 from cluster import vllm_api
@@ -29,6 +31,7 @@ class _ByDeadline:
     waiting: Any
     requests: dict[str, Any]
     max_num_active_reqs: int
+    lora_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,12 +52,17 @@ class _ByDeadline:
     def schedule(self, throttle_prefills: bool = False) -> Any:
         now_s = time.monotonic()
         late, hidden = self._give_way(now_s) if self._due_s else ([], [])
-        # They hold their places in the batch.
+        # They hold their places in the batch, and their adapters' slots: with more adapters running than
+        # there are slots the engine would end.
         self.max_num_active_reqs -= len(late)
+        lora_config = self.lora_config
+        if lora_config and (held := _adapters(late) - _adapters(self.running)):
+            self.lora_config = SimpleNamespace(max_loras=lora_config.max_loras - len(held))
         try:
             output = super().schedule(throttle_prefills)  # type: ignore[misc]
         finally:
             self.max_num_active_reqs += len(late)
+            self.lora_config = lora_config
             self.running.extend(late)
             self.waiting.extend(hidden)
         # What was to go first may find no memory, and those who gave way have it.
@@ -116,6 +124,10 @@ class _ByDeadline:
             if tokens == 1 and not self.requests[name].is_prefill_chunk:
                 return 0
         return int(output.total_num_scheduled_tokens)
+
+
+def _adapters(requests: Iterable[Any]) -> set[int]:
+    return {request.lora_request.lora_int_id for request in requests if request.lora_request}
 
 
 class DeadlineScheduler(_ByDeadline, _Scheduler):  # type: ignore[misc]

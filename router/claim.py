@@ -5,6 +5,7 @@ Made with the decision, so that the next decision sees it; given back in parts, 
 
 from __future__ import annotations
 
+from cluster.adapter_slots import AdapterHold
 from cluster.instance import Role
 from cluster.request import ServeRequest
 from router.fleet import Fleet, L
@@ -16,6 +17,7 @@ class Claim:
     """Room on the instances of a decision."""
 
     __slots__ = (
+        "_adapters",
         "_batch",
         "_decision",
         "_decode",
@@ -46,6 +48,10 @@ class Claim:
         """
         places = (decision.prefill, decision.decode) if lone is None else (lone,)
         self._holds = [fleet.reservations.hold(instance_id, tokens) for instance_id in places]
+        self._adapters: list[AdapterHold | None] = []
+        if request.adapter:
+            views = map(fleet.view_of, places)
+            self._adapters = [view.adapters.hold(request.adapter) if view else None for view in views]
         self._decision = decision
         self._name = request.request_id
         self._since_s = now_s
@@ -74,6 +80,8 @@ class Claim:
         """The prompt has its token."""
         if len(self._holds) > 1:
             self._holds[0].release()
+            if self._adapters and (adapter := self._adapters[0]) is not None:
+                adapter.release()
         self._leave_queue(now_s, is_served=True)
 
     def decoded(self, tokens: int, seconds: float) -> None:
@@ -91,6 +99,9 @@ class Claim:
         """Give back what is left; any number of times."""
         for hold in self._holds:
             hold.release()
+        for adapter in self._adapters:
+            if adapter is not None:
+                adapter.release()
         self._leave_queue(now_s, is_served=False)
         if self._decode is not None:
             self._decode.decodes.remove(self._name)
@@ -105,6 +116,11 @@ class Claim:
         if not is_served or instance.instance_id != self._decision.prefill:
             return
         pace, stage_s = instance.prefill_pace, now_s - self._since_s
+        if predicted.load_s:
+            # It loaded an adapter, which says how long that takes and nothing of the instance.
+            if self._predictor is not None and not predicted.queue_s:
+                self._predictor.loaded(stage_s - (predicted.ttft_s - predicted.load_s))
+            return
         if instance.info.role is Role.PREFILL and took_s is not None:
             pace.worked(predicted.work_s, took_s)
         if predicted.queue_s:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from cluster.adapter_slots import AdapterSlots
 from cluster.instance import InstanceInfo, InstanceState, Role
 from cluster.request import ServeRequest
 from cluster.wire import Blocks
@@ -82,6 +83,8 @@ class Fleet(Generic[L]):
             ),
             decodes=DecodeBatch(self._bounds[info.role]),
         )
+        if info.facts is not None:
+            view.adapters = AdapterSlots(info.facts.max_loras, info.facts.max_cpu_loras)
         view.outstanding_tokens = self.reservations.tokens(info.instance_id)
         view.outstanding_requests = self.reservations.requests(info.instance_id)
         self._members[info.instance_id] = Member(info, link, view)

@@ -50,6 +50,7 @@ class _Choice(NamedTuple):
         cached: tokens of it that need no computing.
         fits: whether its KV has room there.
         common: of the harm, what every instance of that load would have, by bound.
+        load_s: of `seconds`, for loading its adapter.
     """
 
     instance: InstanceView
@@ -62,6 +63,7 @@ class _Choice(NamedTuple):
     cached: int = 0
     fits: bool = True
     common: tuple[float, ...] = ()
+    load_s: float = 0.0
 
     def kept(self, weight: float) -> float:
         """Expected requests that keep their SLO more than without it, for a request that keeps the other
@@ -95,19 +97,22 @@ class Goodput:
         output = self._predictor.output_tokens(request)
         usual = _usual(view, len(prefill_pool), decode_pool)
         by_batch = sorted(decode_pool, key=self._by_batch)
-        decode = _search(
+        decode = _search_near(
+            request.adapter,
             by_batch,
             lambda instance: self._decode(request, instance, output, usual),
             1.0,
         )
-        prefill = _search(
+        prefill = _search_near(
+            request.adapter,
             self._by_ttft(request, prefill_pool, cached, now_s),
             lambda instance: self._prefill(request, instance, cached, usual, now_s),
             decode.own,
         )
         if prefill.own - prefill.harm < SURE:
             # A busy pool's prompts may be computed where there is time for them, among decodes.
-            among = _search(
+            among = _search_near(
+                request.adapter,
                 by_batch,
                 lambda instance: self._prefill_among(request, instance, cached, usual, now_s),
                 decode.own,
@@ -134,7 +139,9 @@ class Goodput:
             alone_s = uncached_s
             if cached and (found := cached.get(instance.instance_id)) is not None:
                 alone_s, _ = self._predictor.prefill_s(Role.PREFILL, prompt, found)
-            return instance.prompts.wait_s(deadline_s, now_s) + alone_s * instance.prefill_pace.factor
+            if request.adapter:
+                alone_s += self._load_s(request, instance)
+            return _queue_s(request, instance, deadline_s, now_s) + alone_s * instance.prefill_pace.factor
 
         # A pool is in the order of the spec, and a sort keeps the order of equals.
         return sorted(pool, key=ttft_s)
@@ -161,16 +168,25 @@ class Goodput:
                 cached_tokens=prefill.cached,
                 # A sum over the pool: its last digits depend on the order in which prompts came.
                 harm=round(prefill.harm + decode.harm, 6),
+                load_s=prefill.load_s,
             ),
         )
 
     def _prompt_s(
         self, request: ServeRequest, instance: InstanceView, cached: Mapping[str, int]
-    ) -> tuple[int, float, float]:
+    ) -> tuple[int, float, float, float]:
         """Tokens of its prompt that need no computing there, and seconds of the others, alone and in a queue,
-        without the instance's factor."""
+        without the instance's factor; both with the seconds, told last, that loading its adapter takes."""
         found = cached.get(instance.instance_id, 0)
-        return found, *self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids), found)
+        alone_s, work_s = self._predictor.prefill_s(instance.info.role, len(request.prompt_token_ids), found)
+        load_s = self._load_s(request, instance)
+        return found, alone_s + load_s, work_s + load_s, load_s
+
+    def _load_s(self, request: ServeRequest, instance: InstanceView) -> float:
+        """Until its adapter is there. vLLM loads between two iterations: all that run there wait too."""
+        if not request.adapter or instance.adapters.is_loaded(request.adapter):
+            return 0.0
+        return self._predictor.load_s
 
     def _prefill(
         self,
@@ -182,10 +198,10 @@ class Goodput:
     ) -> _Choice:
         """On an instance that computes prompts only."""
         pace, bound_s, queue = instance.prefill_pace, request.slo.ttft_s, instance.prompts
-        found, alone_s, work_s = self._prompt_s(request, instance, cached)
+        found, alone_s, work_s, load_s = self._prompt_s(request, instance, cached)
         more_s = work_s * pace.factor
         deadline_s = now_s + bound_s
-        queue_s = queue.wait_s(deadline_s, now_s)
+        queue_s = _queue_s(request, instance, deadline_s, now_s)
         late_s = pace.late_s if queue_s else 0.0
         seconds = queue_s + alone_s * pace.factor + late_s
         spread = pace.spread(seconds, queue_s)
@@ -201,7 +217,9 @@ class Goodput:
             for other_s, count in usual.ttft
         )
         own = chance(bound_s, seconds, spread)
-        return _Choice(instance, own, harm + sum(common), seconds, 0.0, queue_s, work_s, found, True, common)
+        return _Choice(
+            instance, own, harm + sum(common), seconds, 0.0, queue_s, work_s, found, True, common, load_s
+        )
 
     def _prefill_among(
         self,
@@ -213,28 +231,34 @@ class Goodput:
     ) -> _Choice:
         """On an instance that decodes: every decode waits for the prompt once."""
         pace = instance.prefill_pace
-        found, alone_s, work_s = self._prompt_s(request, instance, cached)
+        found, alone_s, work_s, load_s = self._prompt_s(request, instance, cached)
         batch_s = self._predictor.batch_s(instance)
-        queue_s = instance.prompts.wait_s(now_s + request.slo.ttft_s, now_s) + batch_s / 2
+        queue_s = _queue_s(request, instance, now_s + request.slo.ttft_s, now_s) + batch_s / 2
+        queue_s += _slot_wait_s(request, instance, batch_s)
         seconds = queue_s + (alone_s + batch_s) * pace.factor + pace.late_s
         own = chance(request.slo.ttft_s, seconds, pace.spread(seconds, queue_s))
         before_s = self._tpot_s(instance, batch_s)
         after_s = self._tpot_s(instance, batch_s, work_s)
         harm, common = _lost(instance, usual.tpot, before_s, after_s)
         fits = instance.has_room(len(request.prompt_token_ids), KV_SHARE)
-        return _Choice(instance, own, harm, seconds, 0.0, queue_s, work_s, found, fits, common)
+        return _Choice(instance, own, harm, seconds, 0.0, queue_s, work_s, found, fits, common, load_s)
 
     def _decode(self, request: ServeRequest, instance: InstanceView, output: int, usual: _Usual) -> _Choice:
         # The inner loop of a decision: sixteen of them among 32 instances.
         pace, slo_s = instance.decode_pace, request.slo.tpot_s
         prompt = len(request.prompt_token_ids)
         raw_s = self._predictor.iteration_s(instance, 1, prompt + output // 2)
-        after_s = self._tpot_s(instance, raw_s)
-        before_s = after_s - (raw_s - self._predictor.batch_s(instance)) * pace.factor
-        harm, common = _lost(instance, usual.tpot, before_s, after_s)
-        own = chance(slo_s, after_s, pace.spread)
+        load_s = self._load_s(request, instance) if request.adapter else 0.0
+        seconds = self._tpot_s(instance, raw_s, load_s)
+        before_s = self._tpot_s(instance, self._predictor.batch_s(instance))
+        harm, common = _lost(instance, usual.tpot, before_s, seconds)
+        if request.adapter:
+            # It alone waits for a slot, and its answer is what both are spread over.
+            wait_s = load_s + _slot_wait_s(request, instance, before_s)
+            seconds = self._tpot_s(instance, raw_s) + wait_s / max(1, output - 1)
+        own = chance(slo_s, seconds, pace.spread)
         fits = instance.has_room(prompt + output, KV_SHARE)
-        return _Choice(instance, own, harm, after_s, raw_s, 0.0, 0.0, 0, fits, common)
+        return _Choice(instance, own, harm, seconds, raw_s, 0.0, 0.0, 0, fits, common, load_s)
 
     def _by_batch(self, instance: InstanceView) -> float:
         batch_s = instance.decodes.iteration_s
@@ -261,6 +285,33 @@ def _usual(view: View, prefills: int, decode_pool: Sequence[InstanceView]) -> _U
         return _Usual(tpot)
     ttft = tuple((bound_s, count / prefills) for bound_s, count in pending.bounds.items())
     return _Usual(tpot, ttft, pending.work_s / sum(pending.bounds.values()))
+
+
+def _queue_s(request: ServeRequest, instance: InstanceView, deadline_s: float, now_s: float) -> float:
+    """Until its prompt could begin; one whose adapter finds no slot goes behind all that have one."""
+    if request.adapter and not instance.adapters.can_run(request.adapter):
+        deadline_s = math.inf
+    return instance.prompts.wait_s(deadline_s, now_s)
+
+
+def _slot_wait_s(request: ServeRequest, instance: InstanceView, token_s: float) -> float:
+    """Until the decodes of some other adapter have ended, where those have all slots."""
+    if not request.adapter:
+        return 0.0
+    return instance.adapters.wait_answers(request.adapter) * instance.decodes.usual_output * token_s
+
+
+def _search_near(
+    adapter: str, ordered: Sequence[InstanceView], weigh: Callable[[InstanceView], _Choice], weight: float
+) -> _Choice:
+    """As `_search`, among instances that are as near to the adapter: of those the load alone is the order."""
+    if not adapter:
+        return _search(ordered, weigh, weight)
+    near: dict[tuple[float, bool], list[InstanceView]] = {}
+    for instance in ordered:
+        adapters = instance.adapters
+        near.setdefault((adapters.affinity(adapter), adapters.is_loaded(adapter)), []).append(instance)
+    return _best([_search(group, weigh, weight) for group in near.values()], weight)
 
 
 def _search(

@@ -29,6 +29,7 @@ class EngineOutput(Protocol):
     new_token_ids: list[int]
     new_logprobs: Any
     finish_reason: Any
+    stop_reason: Any
     events: Any
     kv_transfer_params: Any
     prefill_stats: Any
@@ -177,7 +178,7 @@ class Hop:
         finish = output.finish_reason
         self.engine_ended = finish is not None
         if finish in (FINISH_ERROR, FINISH_ABORT):
-            self.fail(self._failure(finish))
+            self.fail(self._failure(output))
             return None
         if not self.has_started:
             self.stats = output.prefill_stats
@@ -221,12 +222,11 @@ class Hop:
         else:
             self._waiter.set_exception(TimeoutError())
 
-    def _failure(self, finish: Any) -> ServingError:
-        return EngineFailure(
-            instance=self.instance_id,
-            stage=self.kind.value,
-            detail="the engine aborted it" if finish == FINISH_ABORT else "internal engine error",
-        )
+    def _failure(self, output: EngineOutput) -> ServingError:
+        detail = "the engine aborted it"
+        if output.finish_reason == FINISH_ERROR:
+            detail = str(output.stop_reason or "internal engine error")
+        return EngineFailure(instance=self.instance_id, stage=self.kind.value, detail=detail)
 
     def _for_client(self, output: EngineOutput) -> EngineOutput | None:
         if self.swallow and not self._swallowed(output):

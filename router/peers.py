@@ -7,7 +7,7 @@ from random import Random
 
 from cluster.instance import Role
 from cluster.request import ServeRequest
-from router.policy import Decision, pair, pool_of
+from router.policy import Decision, farness, pair, pool_of
 from router.predictor import Prediction, Predictor
 from router.view import InstanceView, View
 
@@ -35,14 +35,14 @@ class PowerOfTwo:
 
     def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
         rng = Random(request.request_id)
-        prefill, decode = (self._of_two(pool_of(view, role), rng) for role in Role)
+        prefill, decode = (self._of_two(pool_of(view, role), request, rng) for role in Role)
         requests = f"{prefill.outstanding_requests} and {decode.outstanding_requests} requests"
         return pair(prefill, decode, f"fewer of two: {requests}")
 
     @staticmethod
-    def _of_two(pool: Sequence[InstanceView], rng: Random) -> InstanceView:
+    def _of_two(pool: Sequence[InstanceView], request: ServeRequest, rng: Random) -> InstanceView:
         drawn = rng.sample(pool, min(2, len(pool)))
-        return min(drawn, key=lambda v: (v.outstanding_requests, v.info.engine_index))
+        return min(drawn, key=lambda v: (v.outstanding_requests, farness(v, request), v.info.engine_index))
 
 
 class SplitwiseJsq:

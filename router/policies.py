@@ -42,8 +42,8 @@ def predictor_of(spec: ClusterSpec) -> Predictor:
     if spec.policy not in PREDICTING:
         return Predictor()
     if spec.sim.profile or spec.sim.hardware or spec.sim.step_s or spec.sim.prefill_s_per_token:
-        return Predictor(latency_of(spec))
-    return Predictor.learning()
+        return Predictor(latency_of(spec), load_s=spec.sim.adapter_load_s)
+    return Predictor.learning(load_s=spec.sim.adapter_load_s)
 
 
 def make_policy(name: str, predictor: Predictor | None = None) -> Policy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 from cluster.errors import NoInstance
@@ -43,11 +44,12 @@ class Policy(Protocol):
 
 
 class LeastTokens:
-    """For each role the instance with the fewest outstanding tokens; ties by the order of the spec."""
+    """For each role the instance with the fewest outstanding tokens; of equals the one where the request's
+    adapter is, then by the order of the spec."""
 
     def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
-        prefill = _least(view, Role.PREFILL)
-        decode = _least(view, Role.DECODE)
+        prefill = _least(view, Role.PREFILL, request)
+        decode = _least(view, Role.DECODE, request)
         return Decision(
             prefill=prefill.instance_id,
             decode=decode.instance_id,
@@ -62,10 +64,10 @@ class Unsplit:
     """Both phases on one instance of any role: the baseline that the split is compared with."""
 
     def decide(self, request: ServeRequest, view: View, now_s: float) -> Decision:
-        first = [instance for role in Role if (instance := next(view.by_tokens(role), None)) is not None]
+        first = [best for role in Role if (best := _first(view, role, request)) is not None]
         if not first:
             raise NoInstance(role=Role.PREFILL.value)
-        best = min(first, key=lambda v: (v.outstanding_tokens, v.info.engine_index))
+        best = min(first, key=lambda v: (v.outstanding_tokens, farness(v, request), v.info.engine_index))
         return Decision(
             prefill=best.instance_id,
             decode=best.instance_id,
@@ -96,7 +98,23 @@ def pair(
     )
 
 
-def _least(view: View, role: Role) -> InstanceView:
-    for instance in view.by_tokens(role):
-        return instance
-    raise NoInstance(role=role.value)
+def farness(instance: InstanceView, request: ServeRequest) -> float:
+    """How far the request's adapter is from running there: the lower the nearer; 0 for all without one."""
+    return -instance.adapters.affinity(request.adapter) if request.adapter else 0.0
+
+
+def _first(view: View, role: Role, request: ServeRequest) -> InstanceView | None:
+    """Of those with the fewest tokens the nearest to its adapter."""
+    order = view.by_tokens(role)
+    first = next(order, None)
+    if first is None or not request.adapter:
+        return first
+    equals = takewhile(lambda v: v.outstanding_tokens == first.outstanding_tokens, order)
+    return min([first, *equals], key=lambda v: farness(v, request))
+
+
+def _least(view: View, role: Role, request: ServeRequest) -> InstanceView:
+    instance = _first(view, role, request)
+    if instance is None:
+        raise NoInstance(role=role.value)
+    return instance

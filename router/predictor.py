@@ -23,6 +23,8 @@ from router.view import InstanceView
 FULL_BATCH_TOKENS = 2048
 # Of answers of the class: half are longer, so that a sum over many requests is right.
 LENGTH_SHARE = 0.5
+# What loading an adapter takes: each that was seen moves the estimate by this part, within this bound.
+LOAD_GAIN, MOST_LOAD_S = 0.2, 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Prediction:
         chance: to keep its SLO, 0 to 1.
         cached_tokens: of its prompt, that need no computing where it is to be computed.
         harm: others' expected loss by it, in requests; 0 from policies that don't ask.
+        load_s: of `ttft_s`, for loading its adapter; 0 where it is loaded.
     """
 
     queue_s: float
@@ -49,6 +52,7 @@ class Prediction:
     chance: float
     cached_tokens: int = 0
     harm: float = 0.0
+    load_s: float = 0.0
 
     @classmethod
     def counted(cls, output_tokens: int, cached_tokens: int = 0) -> Prediction:
@@ -70,19 +74,25 @@ class Predictor:
 
     Attributes:
         lengths: of the answers that ended.
+        load_s: what loading a LoRA adapter takes.
     """
 
-    def __init__(self, latency: Mapping[Role, LatencyModel] | None = None) -> None:
+    def __init__(self, latency: Mapping[Role, LatencyModel] | None = None, *, load_s: float = 0.1) -> None:
+        """
+        Args:
+            load_s: what loading an adapter takes until it was seen.
+        """
         constant = ConstantLatency()
         self._latency = latency or dict.fromkeys(Role, constant)
         # Of the last length: a decision asks for the same prompt once for every instance.
         self._prefill: dict[Role, tuple[int, dict[int, tuple[float, float]]]] = {}
         self.lengths = OutputLengths()
+        self.load_s = load_s
 
     @classmethod
-    def learning(cls) -> Predictor:
+    def learning(cls, *, load_s: float = 0.1) -> Predictor:
         """One that begins with a guess and learns from what happens."""
-        return cls({role: LearnedLatency() for role in Role})
+        return cls({role: LearnedLatency() for role in Role}, load_s=load_s)
 
     def prefilled(self, role: Role, tokens: int, seconds: float) -> None:
         """A prompt that waited for no other, and of which so many tokens were computed, took so long."""
@@ -96,6 +106,10 @@ class Predictor:
         latency = self._latency[role]
         if isinstance(latency, LearnedLatency):
             latency.decoded(requests, iteration_s)
+
+    def loaded(self, seconds: float) -> None:
+        """Loading an adapter took so long."""
+        self.load_s += LOAD_GAIN * (min(MOST_LOAD_S, max(0.0, seconds)) - self.load_s)
 
     def output_tokens(self, request: ServeRequest) -> int:
         """Expected length of its answer."""

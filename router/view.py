@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from cluster.adapter_slots import AdapterSlots
 from cluster.instance import InstanceInfo, InstanceLoad, Role
 from cluster.request import ServeRequest
 from router.decode_batch import DecodeBatch
@@ -31,6 +32,7 @@ class InstanceView:
             count, so two picks in a row see each other; the reported load lags behind.
         outstanding_requests: the requests they belong to.
         prompts, decodes: what the router believes it has to compute.
+        adapters: what the router believes it has of LoRA adapters, from what was sent there.
         prefill_pace, decode_pace: how many times as long as predicted it takes.
         link: knows what the instance last said of itself.
     """
@@ -40,6 +42,7 @@ class InstanceView:
     outstanding_requests: int = 0
     prompts: PromptQueue = field(default_factory=PromptQueue)
     decodes: DecodeBatch = field(default_factory=DecodeBatch)
+    adapters: AdapterSlots = field(default_factory=AdapterSlots)
     prefill_pace: PromptPace = field(default_factory=PromptPace)
     decode_pace: Pace = field(default_factory=Pace)
     link: Loaded | None = None
@@ -78,6 +81,7 @@ def as_value(view: InstanceView) -> InstanceView:
         view,
         prompts=deepcopy(view.prompts),
         decodes=deepcopy(view.decodes),
+        adapters=deepcopy(view.adapters),
         prefill_pace=deepcopy(view.prefill_pace),
         decode_pace=deepcopy(view.decode_pace),
         link=LastSeen(view.load),

@@ -28,6 +28,7 @@ from cluster.metrics import IngressMetrics
 from cluster.request import Handoff, ServeRequest
 from cluster.spec import ClusterSpec
 from cluster.wire import DUE_PARAM
+from router.adapters import ClusterAdapters
 from router.decision_log import DecisionLog, log_path
 from router.decisions import Decisions
 from router.hop import Hop, HopKind
@@ -127,6 +128,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         self.links = LinkKeeper(
             self.router, ingress=ingress, engine=engine, encode=self._encode, on_outputs=self._on_outputs
         )
+        self.adapters = ClusterAdapters(self.router.fleet, self.links.links)
         self.output_processor: Any = None
         self._encoder = vllm_api.MsgpackEncoder()
         self._decoder = vllm_api.MsgpackDecoder(vllm_api.EngineCoreOutputs)
@@ -162,6 +164,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         request_id = request.request_id
         self._originals[request_id] = request
         traits = CURRENT.get()
+        adapter = request.lora_request
         try:
             self.router.submit(
                 ServeRequest(
@@ -175,7 +178,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                     session_id=traits.session_id,
                     tenant=traits.tenant,
                     fills_slack=traits.fills_slack,
-                    plain_prompt=not (request.lora_request or request.cache_salt or request.mm_features),
+                    plain_prompt=not (adapter or request.cache_salt or request.mm_features),
+                    adapter=adapter.lora_name if adapter else "",
                 )
             )
         except ServingError as error:
@@ -257,9 +261,17 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
     async def is_scheduler_paused_async(self) -> bool:
         return any(await self.call_all("is_scheduler_paused"))
 
+    async def add_lora_async(self, lora_request: Any) -> bool:
+        return await self.adapters.add(lora_request)
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        return await self.adapters.remove(lora_id)
+
+    async def pin_lora_async(self, lora_id: int) -> bool:
+        return await self.adapters.pin(lora_id)
+
     async def list_loras_async(self) -> set[int]:
-        loaded = [set(ids) for ids in await self.call_all("list_loras")]
-        return set.intersection(*loaded) if loaded else set()
+        return set().union(*await self.call_all("list_loras"))
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing of this process: instances belong to the controller, links to `close`."""
@@ -334,6 +346,8 @@ def cluster_status(core: ClusterCore) -> dict[str, Any]:
         row["reachable"] = link is not None
         row["outstanding_tokens"] = core.router.reservations.tokens(info.instance_id)
         row["outstanding_requests"] = core.router.reservations.requests(info.instance_id)
+        view = core.router.fleet.view_of(info.instance_id)
+        row["adapters"] = list(view.adapters.on_host) if view else []
         row["load"] = (
             {"running": link.load.running, "waiting": link.load.waiting, "kv_usage": link.load.kv_usage}
             if link

@@ -2,7 +2,8 @@
 
     python -m tests.reference_vllm MODEL < requests.json > tokens.json
 
-A request is `{"prompt": [ids], "max_tokens": n}`; the answer is the list of their greedy tokens.
+A request is `{"prompt": [ids], "max_tokens": n}`, with `"adapter": directory` for one of a LoRA adapter; the
+answer is the list of their greedy tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is no answer
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
 
     requests = json.load(sys.stdin)
+    paths = sorted({request["adapter"] for request in requests if "adapter" in request})
+    adapters = {path: LoRARequest(path, number, path) for number, path in enumerate(paths, 1)}
     engine = LLM(
         model=sys.argv[1],
         dtype="float32",
@@ -37,6 +41,8 @@ def main() -> None:
         max_num_seqs=128,
         kv_cache_memory_bytes=256 << 20,
         distributed_executor_backend="uni",
+        enable_lora=bool(adapters),
+        max_loras=max(1, len(adapters)),
     )
     results = engine.generate(
         [TokensPrompt(prompt_token_ids=request["prompt"]) for request in requests],
@@ -45,6 +51,7 @@ def main() -> None:
             for request in requests
         ],
         use_tqdm=False,
+        lora_request=[adapters.get(request.get("adapter")) for request in requests],
     )
     json.dump([list(result.outputs[0].token_ids) for result in results], answers)
 

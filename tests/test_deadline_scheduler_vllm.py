@@ -15,7 +15,7 @@ from tests.test_sim_scheduler_vllm import BLOCK, Case, Theirs, model  # noqa: F4
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
-def case_of(*, blocks: int = 1000, reserve: bool = False) -> Case:
+def case_of(*, blocks: int = 1000, reserve: bool = False, max_loras: int = 0) -> Case:
     return Case(
         blocks=blocks,
         budget=16,
@@ -26,6 +26,7 @@ def case_of(*, blocks: int = 1000, reserve: bool = False) -> Case:
         reserve=reserve,
         stages=1,
         arrivals=(),
+        max_loras=max_loras,
     )
 
 
@@ -81,6 +82,19 @@ def test_those_that_hold_the_memory_go_on_when_the_first_finds_none(model: Path)
     assert not theirs.scheduler.has_unfinished_requests()
 
 
+def test_who_gives_way_keeps_its_adapters_slot(model: Path) -> None:  # noqa: F811
+    theirs = ByDeadline(model, case_of(max_loras=1))
+    theirs.add("long", [1] * 40, 1, due_in_s=1000.0, adapter=1)
+    assert theirs.step() == {"long": 16}
+    theirs.add("other", [2] * 10, 1, due_in_s=100.0, adapter=2)
+    theirs.add("same", [3] * 10, 1, due_in_s=200.0, adapter=1)
+    theirs.add("none", [4] * 5, 1, due_in_s=300.0)
+    assert theirs.step() == {"none": 5}  # a second adapter has no slot, and the first waits for no iteration
+    for _ in range(12):
+        theirs.step()
+    assert not theirs.scheduler.has_unfinished_requests()
+
+
 arrivals = st.lists(
     st.tuples(
         st.integers(0, 12),
@@ -94,19 +108,21 @@ arrivals = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(arrivals, st.integers(20, 60), st.booleans())
+@given(arrivals, st.integers(20, 60), st.booleans(), st.sampled_from([0, 0, 1, 2]))
 def test_everybody_ends_whatever_the_deadlines(
     model: Path,  # noqa: F811
     asked: list[tuple[int, int, float, int]],
     blocks: int,
     reserve: bool,
+    max_loras: int,
 ) -> None:
-    theirs = ByDeadline(model, case_of(blocks=blocks, reserve=reserve))
+    theirs = ByDeadline(model, case_of(blocks=blocks, reserve=reserve, max_loras=max_loras))
     started = 0
     for step in range(600):
         for number, (at, prompt, due_in_s, limit) in enumerate(asked):
             if at == step:
-                theirs.add(f"r{number}", [number] * prompt, limit, due_in_s=due_in_s)
+                adapter = number % 4 if max_loras else 0
+                theirs.add(f"r{number}", [number] * prompt, limit, due_in_s=due_in_s, adapter=adapter)
                 started += 1
         theirs.step()
         if started == len(asked) and not theirs.scheduler.has_unfinished_requests():

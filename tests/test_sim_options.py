@@ -209,3 +209,12 @@ def test_no_more_requests_than_tokens_fit_an_iteration() -> None:
     assert error.path == "engine_options.max_num_seqs"
     assert error.value == 101
     assert "which is 100 for decode" in str(error)
+
+
+def test_adapters_are_as_many_as_vllm_would_hold() -> None:
+    assert (twin().max_loras, twin().max_cpu_loras) == (0, 0)
+    plain = twin(engine_options={"enable_lora": True})
+    assert (plain.max_loras, plain.max_cpu_loras) == (1, 1)
+    options = {"enable_lora": True, "max_loras": 4, "max_cpu_loras": 16}
+    wide = twin({"adapter_load_s": 0.3}, engine_options=options)
+    assert (wide.max_loras, wide.max_cpu_loras, wide.adapter_load_s) == (4, 16, 0.3)

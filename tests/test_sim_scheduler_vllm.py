@@ -39,7 +39,8 @@ MODEL = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A workload and the limits that both schedulers get; `arrivals` are (step, prompt, output tokens)."""
+    """A workload and the limits that both schedulers get; `arrivals` are (step, prompt, output tokens). With
+    `max_loras`, every request but each fourth has one of three adapters."""
 
     blocks: int
     budget: int
@@ -50,6 +51,7 @@ class Case:
     reserve: bool
     stages: int
     arrivals: tuple[tuple[int, tuple[int, ...], int], ...]
+    max_loras: int = 0
 
 
 class Theirs:
@@ -58,6 +60,7 @@ class Theirs:
     def __init__(self, model: Path, case: Case) -> None:
         import torch
         from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+        from vllm.config.lora import LoRAConfig
         from vllm.utils.hashing import sha256
         from vllm.v1.core import kv_cache_utils
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -79,6 +82,7 @@ class Theirs:
                 async_scheduling=False,
             ),
             cache_config=cache,
+            lora_config=LoRAConfig(max_loras=case.max_loras) if case.max_loras else None,
         )
         # One block more: vLLM keeps one for itself.
         cache.num_gpu_blocks = case.blocks + 1
@@ -103,8 +107,11 @@ class Theirs:
 
         return VllmScheduler
 
-    def add(self, request_id: str, prompt: list[int], limit: int, due_in_s: float = math.inf) -> None:
+    def add(
+        self, request_id: str, prompt: list[int], limit: int, due_in_s: float = math.inf, adapter: int = 0
+    ) -> None:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
         from vllm.v1.request import Request
 
         self._generated[request_id] = 0
@@ -119,6 +126,7 @@ class Theirs:
                 ),
                 pooling_params=None,
                 block_hasher=self._hasher,
+                lora_request=LoRARequest(f"a{adapter}", adapter, "/none") if adapter else None,
             )
         )
 
@@ -170,11 +178,13 @@ class Ours:
                 prefix_caching=case.caching,
                 reserve_full_prompt=case.reserve,
                 pipeline_stages=case.stages,
+                max_loras=case.max_loras,
             )
         )
 
-    def add(self, request_id: str, prompt: list[int], limit: int) -> None:
-        self.scheduler.add(Sequence(request_id=request_id, tokens=prompt, limit=limit), [])
+    def add(self, request_id: str, prompt: list[int], limit: int, *, adapter: int = 0) -> None:
+        name = f"a{adapter}" if adapter else ""
+        self.scheduler.add(Sequence(request_id=request_id, tokens=prompt, limit=limit, adapter=name), [])
 
     def schedule(self, lane: int) -> tuple[Any, dict[str, int], int]:
         step, _ = self.scheduler.schedule(lane)
@@ -198,7 +208,7 @@ def steps(side: Theirs | Ours, case: Case) -> list[tuple[dict[str, int], int]]:
     for number in range(5000):
         while coming and coming[0][1][0] <= number:
             request, (_, prompt, limit) = coming.popleft()
-            side.add(str(request), list(prompt), limit)
+            side.add(str(request), list(prompt), limit, adapter=request % 4 if case.max_loras else 0)
         if len(under_way) == case.stages:
             side.complete(under_way.popleft()[0])
         step, tokens, used = side.schedule(number % case.stages)
@@ -211,7 +221,13 @@ def steps(side: Theirs | Ours, case: Case) -> list[tuple[dict[str, int], int]]:
 
 @st.composite
 def cases(
-    draw: st.DrawFn, *, tight: bool = False, shared: bool = False, capped: bool = False, stages: int = 1
+    draw: st.DrawFn,
+    *,
+    tight: bool = False,
+    shared: bool = False,
+    capped: bool = False,
+    stages: int = 1,
+    adapters: bool = False,
 ) -> Case:
     """Workloads of up to 20 requests.
 
@@ -219,6 +235,7 @@ def cases(
         tight: few blocks, so that requests are preempted.
         shared: prompts that begin alike.
         capped: with `long_prefill_token_threshold`.
+        adapters: with more LoRA adapters than there are slots.
     """
     # Drawn as a seed: hypothesis' own lists are short, and short ones fill no memory.
     rng = Random(draw(st.integers(0, 2**32)))
@@ -242,6 +259,7 @@ def cases(
         reserve=draw(st.booleans()),
         stages=stages,
         arrivals=tuple(arrivals),
+        max_loras=draw(st.integers(1, 2)) if adapters else 0,
     )
 
 
@@ -296,4 +314,16 @@ def test_capped_chunks_are_vllms(model: Path, case: Case) -> None:
 @given(cases(shared=True, stages=2))
 def test_batches_of_pipeline_stages_are_vllms(model: Path, case: Case) -> None:
     """Where there is memory: which lane loses a request when there is none, the twin decides for itself."""
+    check(model, case)
+
+
+@few
+@given(cases(adapters=True))
+def test_adapters_take_turns_as_in_vllm(model: Path, case: Case) -> None:
+    check(model, case)
+
+
+@few
+@given(cases(tight=True, adapters=True))
+def test_adapters_that_lose_their_memory_are_vllms(model: Path, case: Case) -> None:
     check(model, case)

@@ -30,7 +30,22 @@ def test_the_specs_we_ship_are_valid(path: Path) -> None:
         ({"model": "m", "engine_process": "thread", "decode": {"tensor_parallel_size": 2}}, "", "use 'own'"),
         ({"model": "m", "engine_options": {"model": "x"}}, "", "use the top-level 'model'"),
         ({"model": "m", "prefill": {"pipeline_parallel_size": 2}}, "", "use tensor_parallel_size"),
-        ({"model": "m", "decode": {"engine_options": {"enable_lora": True}}}, "", "not routed yet"),
+        ({"model": "m", "decode": {"engine_options": {"enable_lora": True}}}, "", "both pools need it"),
+        (
+            {"model": "m", "lora": {"adapters": {"sql": "/a"}}},
+            "",
+            "needs engine_options: {enable_lora: true}",
+        ),
+        (
+            {
+                "model": "m",
+                "engine_options": {"enable_lora": True},
+                "lora": {"runtime_updates": True},
+                "ingress": {"replicas": 2},
+            },
+            "",
+            "one would not know",
+        ),
         ({"model": "m", "name": "Not OK"}, "name", "match pattern"),
     ],
 )

@@ -56,6 +56,7 @@ class Record:
     present_s: float = 0.0
     preemptions: int = 0
     prefix_hit_tokens: int = 0
+    adapter_loads: int = 0
 
 
 class _EngineWatcher:
@@ -154,6 +155,7 @@ class SimLife:
         self.record.present_s += now_s - self._ready_s
         self.record.preemptions += self.engine.preemptions
         self.record.prefix_hit_tokens += self.engine.prefix_hit_tokens
+        self.record.adapter_loads += self.engine.adapter_loads
         self._cluster.lives.pop(self._instance_id, None)
         self._cluster.network.leave(self._instance_id)
         for timer in self._on_the_way.values():
@@ -278,6 +280,7 @@ def _request(hop: Hop, now_s: float) -> TokenRequest:
         request_id=hop.hop_id,
         prompt_token_ids=hop.prompt_token_ids,
         sampling_params={"max_tokens": hop.max_tokens, "extra_args": extra},
+        lora_request=[hop.request.adapter] if hop.request.adapter else None,
     )
 
 

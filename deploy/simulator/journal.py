@@ -308,6 +308,7 @@ def _use(record: Record) -> InstanceUse:
         kv_mean=block_s / (record.present_s * blocks) if record.present_s else 0.0,
         peak=Batch(*(max(values) for values in zip(*peaks, strict=True))),
         starts=len(lives),
+        adapter_loads=record.adapter_loads,
     )
 
 

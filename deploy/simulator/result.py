@@ -82,6 +82,7 @@ class InstanceUse:
         kv_peak: largest share of its KV cache in use, 0 to 1; kv_mean: averaged over its presence.
         peak: largest batch, component by component.
         starts: lives it had.
+        adapter_loads: LoRA adapters that it read from their files.
     """
 
     instance_id: str
@@ -98,6 +99,7 @@ class InstanceUse:
     kv_mean: float
     peak: Batch
     starts: int = 1
+    adapter_loads: int = 0
 
 
 class IterationSpan(NamedTuple):

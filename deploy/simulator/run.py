@@ -88,7 +88,7 @@ class Simulation:
         self._seed = seed
         self._journal = Journal(requests, classes, with_spans=with_spans, on_progress=on_progress)
         self._instances = SimInstances(self._spec, scenario, self._journal, self._deliver)
-        predictor = Predictor(self._instances.latency)
+        predictor = Predictor(self._instances.latency, load_s=spec.sim.adapter_load_s)
         self._router = Router(
             wrap(policy or make_policy(spec.policy, predictor)),
             spec.deadlines,
@@ -196,6 +196,8 @@ class Simulation:
                         slo=slo_class.slo,
                         slo_class=slo_class.name,
                         fills_slack=slo_class.fills_slack,
+                        plain_prompt=not request.adapter,
+                        adapter=request.adapter,
                     )
                 )
             except ServingError as error:

@@ -21,6 +21,8 @@ _HOME = {
     "Scheduler": "vllm.v1.core.sched.scheduler",
     "AsyncEngineArgs": "vllm.engine.arg_utils",
     "EngineCore": "vllm.v1.engine.core",
+    "PunicaWrapperCPU": "vllm.lora.punica_wrapper.punica_cpu",
+    "bgmv_shrink": "vllm.lora.ops.torch_ops.lora_ops",
     "EngineCoreProc": "vllm.v1.engine.core",
     "EngineCoreClient": "vllm.v1.engine.core_client",
     "Executor": "vllm.v1.executor",

@@ -7,7 +7,8 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
 - blocks that nobody will read are released at once, by id, instead of when their lease ends;
 - the progress thread of NIXL sleeps between polls (`nixl_progress`);
 - on CPUs the thread that computes the model stays where it was, and is not bound to the machine's last core;
-- the engine's processes end with the process that started them (`orphan`).
+- the engine's processes end with the process that started them (`orphan`);
+- on CPUs a request without a LoRA adapter is computed without one (`cluster.vllm_cpu_lora`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from cluster import vllm_api
 from cluster.errors import EnvironmentProblem
+from cluster.vllm_cpu_lora import skip_tokens_without_adapter
 from cluster.wire import RELEASE_PARAM
 from kv_transfer.nixl_progress import calm_progress_thread
 from kv_transfer.orphan import end_with_parent
@@ -114,4 +116,6 @@ class PdConnector(NixlPullConnector):  # type: ignore[misc]
             self.connector_scheduler = PdScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
             calm_progress_thread()
+            if vllm_config.lora_config is not None and vllm_config.device_config.device_type == "cpu":
+                skip_tokens_without_adapter()
             self.connector_worker = PdWorker(vllm_config, self.engine_id, kv_cache_config)

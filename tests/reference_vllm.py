@@ -31,8 +31,9 @@ def main() -> None:
     from vllm.lora.request import LoRARequest
 
     requests = json.load(sys.stdin)
-    paths = sorted({request["adapter"] for request in requests if "adapter" in request})
-    adapters = {path: LoRARequest(path, number, path) for number, path in enumerate(paths, 1)}
+    adapters = {request.get("adapter"): None for request in requests}
+    for number, path in enumerate(adapters, 1):
+        adapters[path] = LoRARequest(path, number, path) if path else None
     engine = LLM(
         model=sys.argv[1],
         dtype="float32",
@@ -41,19 +42,23 @@ def main() -> None:
         max_num_seqs=128,
         kv_cache_memory_bytes=256 << 20,
         distributed_executor_backend="uni",
-        enable_lora=bool(adapters),
-        max_loras=max(1, len(adapters)),
+        enable_lora=any(adapters.values()),
     )
-    results = engine.generate(
-        [TokensPrompt(prompt_token_ids=request["prompt"]) for request in requests],
-        [
-            SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], ignore_eos=True)
-            for request in requests
-        ],
-        use_tqdm=False,
-        lora_request=[adapters.get(request.get("adapter")) for request in requests],
-    )
-    json.dump([list(result.outputs[0].token_ids) for result in results], answers)
+    tokens: list[list[int]] = [[] for _ in requests]
+    for path, adapter in adapters.items():  # one by one: on CPUs, vLLM mixes them up
+        members = [index for index, request in enumerate(requests) if request.get("adapter") == path]
+        results = engine.generate(
+            [TokensPrompt(prompt_token_ids=requests[index]["prompt"]) for index in members],
+            [
+                SamplingParams(temperature=0.0, max_tokens=requests[index]["max_tokens"], ignore_eos=True)
+                for index in members
+            ],
+            use_tqdm=False,
+            lora_request=adapter,
+        )
+        for index, result in zip(members, results, strict=True):
+            tokens[index] = list(result.outputs[0].token_ids)
+    json.dump(tokens, answers)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import pytest
 
 from cluster.adapter_slots import adapter_id
 from cluster.instance import InstanceLoad
+from cluster.spec import parse_spec
+from cluster.vllm_options import server_arguments
 from router.adapters import ClusterAdapters
 from router.fleet import Fleet
 from router.view import LastSeen
@@ -110,3 +112,18 @@ async def test_it_is_pinned_where_it_is_and_removed_everywhere() -> None:
         view = cluster.fleet.view_of(name)
         assert view is not None
         assert view.adapters.on_host == ()
+
+
+def test_those_of_the_spec_are_named_to_vllms_server_beside_its_own() -> None:
+    spec = parse_spec(
+        {
+            "model": "m",
+            "engine_options": {"enable_lora": True},
+            "lora": {"adapters": {"sql": "/adapters/sql"}},
+            "ingress": {"server_options": {"lora_modules": ["chat=/adapters/chat"]}},
+        }
+    )
+    words = server_arguments(spec)
+    assert "--enable-lora" in words
+    at = words.index("--lora-modules")
+    assert words[at + 1 : at + 3] == ["chat=/adapters/chat", '{"name": "sql", "path": "/adapters/sql"}']

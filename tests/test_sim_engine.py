@@ -501,3 +501,36 @@ async def test_an_aborted_request_lets_go_of_what_it_was_to_read() -> None:
     engine.abort(["d"])
     assert let_go == [HANDLE]
     assert engine.idle
+
+
+def test_an_adapter_is_loaded_once_and_takes_its_time() -> None:
+    async def main() -> list[float]:
+        options = options_of(max_loras=1, max_cpu_loras=2, adapter_load_s=0.5)
+        engine, loop = SimEngine(options, "m"), asyncio.get_running_loop()
+        assert await engine.call("add_lora", [["a", 1, "/a"]])
+        took_s = []
+        for number, adapter in enumerate(("a", "b", "a", "b", "c", "a")):
+            request = TokenRequest(
+                request_id=str(number), prompt_token_ids=[1], sampling_params={"max_tokens": 1},
+                lora_request=[adapter, 1, "/"],
+            )  # fmt: skip
+            engine.submit(request)
+            began_s = loop.time()
+            while not (await engine.outputs()).outputs:
+                pass
+            took_s.append(loop.time() - began_s)
+        assert engine.adapter_loads == 4
+        await engine.stop()
+        return took_s
+
+    took_s, _ = run_virtual(main())
+    least_s = min(took_s)
+    # b is loaded beside a; c in the place of a, which is the one that was used longest ago, and so on.
+    assert [round(one - least_s, 6) for one in took_s] == [0, 0.5, 0, 0, 0.5, 0.5]
+
+
+def test_an_adapter_for_a_twin_without_any_is_refused() -> None:
+    engine = SimEngine(options_of(), "m")
+    request = TokenRequest(request_id="r", prompt_token_ids=[1], lora_request=["a", 1, "/"])
+    with pytest.raises(ValueError, match="without enable_lora"):
+        engine.submit(request)

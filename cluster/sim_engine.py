@@ -26,9 +26,25 @@ from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint, Role
 from cluster.latency import EMPTY_BATCH, Batch, Levels, level_at
 from cluster.sim_options import TwinOptions, twin_options
-from cluster.sim_scheduler import Chunk, MemoryGate, PromptOrder, Scheduler, Sequence, Step
+from cluster.sim_scheduler import (
+    Chunk,
+    MemoryGate,
+    PromptBatching,
+    PromptOrder,
+    Scheduler,
+    Sequence,
+    Step,
+)
 from cluster.spec import ClusterSpec
-from cluster.wire import DUE_PARAM, Blocks, Load, PrefillCounts, StepOutputs, TokenOutput, TokenRequest
+from cluster.wire import (
+    DUE_PARAM,
+    Blocks,
+    Load,
+    PrefillCounts,
+    StepOutputs,
+    TokenOutput,
+    TokenRequest,
+)
 
 SIM_ENGINE_NAME = "sim 3"
 _VOCABULARY = range(100, 4000)
@@ -153,6 +169,7 @@ class SimEngine:
         quiet_s: float = 0.0,
         order: PromptOrder | None = None,
         gate: MemoryGate | None = None,
+        batching: PromptBatching | None = None,
         tells_blocks: bool = False,
     ) -> None:
         """
@@ -163,6 +180,7 @@ class SimEngine:
                 lets many iterations pass as one event, and changes no time.
             order: in which prompts are computed; none is that of their arrival.
             gate: who is let into the memory beside those that have blocks; none is who finds free ones.
+            batching: which prompts share an iteration; none is whoever comes next.
             tells_blocks: whether somebody wants to know how its prefix cache changes.
         """
         self._options = options
@@ -173,7 +191,7 @@ class SimEngine:
         self._quiet_s = quiet_s
         self._is_busy = False
         self._contention: Levels = ()
-        self._scheduler = Scheduler(options, order, gate)
+        self._scheduler = Scheduler(options, order, gate, batching)
         self._block_changes = self._scheduler.pool.changes = BlockChanges() if tells_blocks else None
         self._block_waiter: asyncio.Future[None] | None = None
         self._flights: list[_Flight] = []
@@ -238,7 +256,7 @@ class SimEngine:
         params = request.sampling_params or {}
         extra = params.get("extra_args") or {}
         transfer = extra.get("kv_transfer_params") or {}
-        due_in_s = extra.get(DUE_PARAM, math.inf)
+        now_s = asyncio.get_running_loop().time()
         sequence = Sequence(
             request_id=request.request_id,
             tokens=request.prompt_token_ids,
@@ -248,10 +266,11 @@ class SimEngine:
             remote=transfer if transfer.get("do_remote_prefill") else None,
             last_token=request.prompt_token_ids[-1] if request.prompt_token_ids else 0,
             adapter=request.lora_request[0] if request.lora_request else "",
-            deadline_s=due_in_s if due_in_s == math.inf else asyncio.get_running_loop().time() + due_in_s,
+            deadline_s=now_s + extra.get(DUE_PARAM, math.inf),
+            came_s=now_s,
         )
         if self._flights:
-            self._catch_up(asyncio.get_running_loop().time())
+            self._catch_up(now_s)
         self._scheduler.add(sequence, known_hashes or [])
         if sequence.remote is not None and self._exchange is not None:
             self._exchange.hold(sequence.remote)
@@ -519,15 +538,16 @@ class SimEngine:
             self._wake()
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Until the next iteration ends, a stage is free for a lane, or something happens. Always gives
-        others their turn: the host must get to take requests and aborts."""
+        """Until the next iteration ends, a stage is free for a lane, prompts have waited for others for long
+        enough, or something happens. Always gives others their turn: the host must get to take requests and
+        aborts."""
         if self._on_busy is not None and self._is_busy != bool(self._flights):
             self._is_busy = bool(self._flights)
             self._on_busy(self._is_busy)
-        wake_s = None
+        wake_s = self._scheduler.held_until_s or None
         if self._flights:
             now_s = loop.time()
-            wake_s = min([flight.ends[-1] for flight in self._flights])
+            wake_s = min([wake_s or math.inf, *[flight.ends[-1] for flight in self._flights]])
             if len(self._flights) < len(self._stage_free_s) and self._stage_free_s[0] > now_s:
                 wake_s = min(wake_s, self._stage_free_s[0])
             if wake_s <= now_s:

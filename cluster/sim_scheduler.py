@@ -37,6 +37,7 @@ class Sequence:
         remote: `kv_transfer_params` of blocks to read first, while they are to be read.
         deadline_s: time by which it shall have its first token.
         adapter: name of its LoRA adapter; empty for none.
+        came_s: when it came.
         total: tokens whose KV must be there before it gets its next token.
         computed: tokens whose KV is there, or will be with the iterations that run.
         in_flight: those of them that running iterations compute.
@@ -60,6 +61,7 @@ class Sequence:
     remote: Mapping[str, Any] | None = None
     deadline_s: float = math.inf
     adapter: str = ""
+    came_s: float = 0.0
     total: int = 0
     computed: int = 0
     in_flight: int = 0
@@ -109,6 +111,27 @@ class PromptOrder(Protocol):
         ...
 
 
+class PromptBatching(Protocol):
+    """Which prompts share an iteration, where it is not whoever comes next."""
+
+    @property
+    def held_until_s(self) -> float:
+        """When somebody's turn comes where it was nobody's."""
+        ...
+
+    def turn(
+        self,
+        prompts: list[tuple[int, float, float]],
+        now_s: float,
+        *,
+        first_tokens: int | None,
+        is_idle: bool,
+    ) -> range:
+        """Lengths of the prompts that go next, of these of (tokens, when it came, when it is due); an empty
+        one for nobody."""
+        ...
+
+
 class MemoryGate(Protocol):
     """Who is let into the KV memory, where free blocks are not enough to know."""
 
@@ -133,13 +156,20 @@ class Scheduler:
         kept: ended requests whose blocks wait for a reader.
         adapters: those of running requests have slots.
         adapter_loads: how many were loaded so far.
+        held_until_s: until when prompts that wait are not begun, for others to join them; 0 for not at all.
     """
 
     def __init__(
-        self, options: TwinOptions, order: PromptOrder | None = None, gate: MemoryGate | None = None
+        self,
+        options: TwinOptions,
+        order: PromptOrder | None = None,
+        gate: MemoryGate | None = None,
+        batching: PromptBatching | None = None,
     ) -> None:
         self.options = options
+        self.held_until_s = 0.0
         self._order = order
+        self._batching = batching
         self._gate = gate
         # Nothing was freed since the first that waits did not fit.
         self._is_full = False
@@ -192,6 +222,7 @@ class Scheduler:
             return None
         self._take_out(sequence)
         self._is_full = False
+        self.held_until_s = 0.0
         sequence.ended = True
         sequence.preempted += 1
         self.pool.release(sequence.table, sequence.computed)
@@ -317,9 +348,61 @@ class Scheduler:
         now_s: float,
     ) -> list[Chunk]:
         """Prompt tokens for an iteration: of the prompts in progress, then of waiting ones, if there were
-        only so many `preemptions` so far. With an order, a prompt in progress gives way for an iteration to
-        one that waits and ranks before it, and with it all that wait and rank behind it."""
-        first, later, most = self._ranked(now_s)
+        only so many `preemptions` so far."""
+        self.held_until_s = 0.0
+        lengths = self._lengths(group, now_s)
+        if lengths is None:
+            return self._prompts_in_order(group, budget, preemptions, to_read, now_s)
+        everybody = self.waiting
+        # What is to be read computes nothing here.
+        self.waiting = deque(s for s in everybody if s.remote is not None or s.total in lengths)
+        shown = {id(sequence) for sequence in self.waiting}
+        chunks = self._prompts_in_order(group, budget, preemptions, to_read, now_s, lengths)
+        rest = {id(sequence) for sequence in self.waiting}
+        back = [sequence for sequence in self.waiting if id(sequence) not in shown]  # preempted
+        kept = (one for one in everybody if id(one) not in shown or id(one) in rest)
+        self.waiting = deque(chain(back, kept))
+        if not lengths:
+            assert self._batching is not None
+            self.held_until_s = self._batching.held_until_s
+        elif not chunks and not group.members:
+            # Those whose turn it is find no memory, and the others may have it.
+            return self._prompts_in_order(group, budget, preemptions, to_read, now_s)
+        return chunks
+
+    def _lengths(self, group: DecodeGroup, now_s: float) -> range | None:
+        """Lengths of the prompts whose turn it is; None for all."""
+        if self._batching is None:
+            return None
+        prompts = [*self._prefilling, *(sequence for sequence in self.waiting if sequence.remote is None)]
+        if not prompts:
+            return None
+        first_tokens = None
+        if self._order is not None:
+            first_tokens = min(prompts, key=lambda sequence: self._rank(sequence, now_s)).total
+        lengths = self._batching.turn(
+            [(sequence.total, sequence.came_s, sequence.deadline_s) for sequence in prompts],
+            now_s,
+            first_tokens=first_tokens,
+            is_idle=not (group.members or self._prefilling or self.loaded_waiting),
+        )
+        return None if all(sequence.total in lengths for sequence in prompts) else lengths
+
+    def _prompts_in_order(
+        self,
+        group: DecodeGroup,
+        budget: int,
+        preemptions: int,
+        to_read: list[Sequence],
+        now_s: float,
+        lengths: range | None = None,
+    ) -> list[Chunk]:
+        """With an order, a prompt in progress gives way for an iteration to one that waits and ranks before
+        it, and with it all that wait and rank behind it. Prompts in progress of other `lengths` wait."""
+        under_way = self._prefilling
+        if lengths is not None:
+            under_way = [sequence for sequence in under_way if sequence.total in lengths]
+        first, later, most = self._ranked(under_way, now_s)
         chunks = self._continue_prompts(group, budget, first)
         if self.preemptions == preemptions:
             self._admit(budget - sum(chunk.tokens for chunk in chunks), chunks, to_read, most)
@@ -328,18 +411,16 @@ class Scheduler:
                 chunks = self._continue_prompts(group, budget, later)
         return chunks
 
-    def _ranked(self, now_s: float) -> tuple[list[Sequence], list[Sequence], int]:
+    def _ranked(self, under_way: list[Sequence], now_s: float) -> tuple[list[Sequence], list[Sequence], int]:
         """Prompts in progress that go before those that wait, those that give way, and how many of those that
         wait may go; all lists in order."""
-        order = self._order
-        if order is None:
-            return self._prefilling, [], len(self.waiting)
+        if self._order is None:
+            return under_way, [], len(self.waiting)
 
         def rank(sequence: Sequence) -> Any:
-            left = sequence.total - sequence.computed
-            return order.rank(left, sequence.computed, sequence.deadline_s, now_s)
+            return self._rank(sequence, now_s)
 
-        under_way = sorted(self._prefilling, key=rank)
+        under_way = sorted(under_way, key=rank)
         if not self.waiting:
             return under_way, [], 0
         if len(self.waiting) > 1:
@@ -351,6 +432,11 @@ class Scheduler:
             return first, [], len(self.waiting)
         limit = rank(later[0])
         return first, later, sum(rank(sequence) < limit for sequence in self.waiting)
+
+    def _rank(self, sequence: Sequence, now_s: float) -> Any:
+        assert self._order is not None
+        left = sequence.total - sequence.computed
+        return self._order.rank(left, sequence.computed, sequence.deadline_s, now_s)
 
     def _continue_prompts(self, group: DecodeGroup, budget: int, sequences: list[Sequence]) -> list[Chunk]:
         chunks: list[Chunk] = []

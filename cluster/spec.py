@@ -192,6 +192,8 @@ class ClusterSpec(Frozen):
             which another gives way between two of its chunks.
         prefill_queue: whether a prefill instance refuses a prompt that would wait there for longer than its
             bound, or than `deadlines.prefill_s`, and the router offers it to another; `open` takes all.
+        prefill_batching: which prompts share an iteration: whoever comes next (`mixed`), or short ones with
+            each other and not with chunks of long ones, for which they wait a few milliseconds (`by_length`).
         decode_admission: when a request is let into the memory of a decode instance: when there are
             `free_blocks` for it now, or when it fits at the `predicted_peak` of all that are there.
     """
@@ -216,6 +218,7 @@ class ClusterSpec(Frozen):
     batch: BatchSpec = Field(default_factory=BatchSpec)
     prefill_order: Literal["arrival", "deadline"] = "arrival"
     prefill_queue: Literal["bounded", "open"] = "bounded"
+    prefill_batching: Literal["mixed", "by_length"] = "mixed"
     decode_admission: Literal["free_blocks", "predicted_peak"] = "free_blocks"
 
     @model_validator(mode="after")

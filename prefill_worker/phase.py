@@ -1,4 +1,4 @@
-"""Engine options of the prefill phase, the order of its prompts, and who may join them."""
+"""Engine options of the prefill phase, who goes next in it, and who may join."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from cluster.latency import LatencyModel
 from cluster.spec import UNSPLIT, ClusterSpec
 from prefill_worker.deadline_order import DeadlineOrder
 from prefill_worker.doorman import LearningDoorman
+from prefill_worker.length_batching import LengthBatching
 
 # Prompt tokens that keep a GPU busy: more in an iteration make no token cheaper, and all prompts of an
 # iteration wait for its end (DistServe's L_m; Sarathi-Serve and Splitwise use the same).
 SATURATING_TOKENS = 2048
+# By order and batching: module and class in vLLM's scheduler's place, without "Async".
+_SCHEDULERS = {
+    ("arrival", "mixed"): ("", "Scheduler"),
+    ("deadline", "mixed"): ("deadline_scheduler_vllm", "DeadlineScheduler"),
+    ("arrival", "by_length"): ("length_scheduler_vllm", "LengthScheduler"),
+    ("deadline", "by_length"): ("length_scheduler_vllm", "DeadlineLengthScheduler"),
+}
 
 
 def phase_options(spec: ClusterSpec) -> dict[str, Any]:
@@ -24,16 +32,27 @@ def phase_options(spec: ClusterSpec) -> dict[str, Any]:
     options: dict[str, Any] = {"enable_chunked_prefill": True, "attention_backend": attention_backend(spec)}
     if spec.device == "gpu":
         options["max_num_batched_tokens"] = SATURATING_TOKENS
-    if spec.prefill_order == "deadline":
-        # By name: whoever makes the options need not have vLLM. On CPUs it decides nothing ahead.
-        kind = "AsyncDeadlineScheduler" if spec.device == "gpu" else "DeadlineScheduler"
-        options["scheduler_cls"] = f"prefill_worker.deadline_scheduler_vllm.{kind}"
+    if (scheduler := _scheduler(spec)) is not None:
+        options["scheduler_cls"] = scheduler
     return options
+
+
+def _scheduler(spec: ClusterSpec) -> str | None:
+    """What is in the place of vLLM's scheduler; None for nothing. By name: whoever makes the options need
+    not have vLLM."""
+    module, name = _SCHEDULERS[spec.prefill_order, spec.prefill_batching]
+    # On CPUs vLLM decides nothing ahead.
+    name = f"Async{name}" if spec.device == "gpu" else name
+    return f"prefill_worker.{module}.{name}" if module else None
 
 
 def twin_parts(spec: ClusterSpec, latency: LatencyModel) -> dict[str, Any]:
     """What makes a twin prefill as the spec says: arguments of `SimEngine`."""
-    return {"order": DeadlineOrder(latency) if spec.prefill_order == "deadline" else None}
+    by_length = spec.prefill_batching == "by_length"
+    return {
+        "order": DeadlineOrder(latency) if spec.prefill_order == "deadline" else None,
+        "batching": LengthBatching(latency, SATURATING_TOKENS) if by_length else None,
+    }
 
 
 def doorman_of(spec: ClusterSpec) -> LearningDoorman | None:

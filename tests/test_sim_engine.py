@@ -290,7 +290,7 @@ def test_a_request_takes_the_time_of_its_iterations() -> None:
     assert seen.tokens["a"] == expected_tokens([7] * 100, 5)
 
 
-def test_a_request_that_can_never_be_served_is_refused() -> None:
+async def test_a_request_that_can_never_be_served_is_refused() -> None:
     engine = SimEngine(options_of(max_model_len=20), "m")
     for prompt, limit, why in (([], 1, "0 prompt"), ([1], 0, "0 output"), ([1] * 15, 7, "max_model_len 20")):
         with pytest.raises(ValueError, match=why):
@@ -443,7 +443,7 @@ def test_an_aborted_id_can_be_used_again_at_once() -> None:
     assert seen.engine.idle
 
 
-def test_hashes_of_a_prompt_that_it_begins_with_are_taken_over() -> None:
+async def test_hashes_of_a_prompt_that_it_begins_with_are_taken_over() -> None:
     engine = SimEngine(options_of(), "m")
     known = engine.submit(request("a", list(range(20)), 5))
     longer = engine.submit(request("b", list(range(30)), 5), known)

@@ -114,6 +114,7 @@ def worlds(draw: st.DrawFn) -> tuple[ClusterSpec, Scenario]:
         policy=draw(st.sampled_from(sorted(POLICIES))),
         prefill_order=draw(st.sampled_from(["arrival", "deadline"])),
         prefill_queue=draw(st.sampled_from(["bounded", "open"])),
+        prefill_batching=draw(st.sampled_from(["mixed", "by_length"])),
         decode_admission=draw(st.sampled_from(["free_blocks", "predicted_peak"])),
         engine_options=options,
         deadlines=draw(st.sampled_from([{}, {"prefill_s": 0.5, "transfer_s": 0.2, "stall_s": 6.0}])),

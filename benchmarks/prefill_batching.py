@@ -1,6 +1,6 @@
 """What `prefill_batching: by_length` is worth: SLO attainment and TTFT at given rates, simulated (Markdown).
 
-python -m benchmarks.prefill_batching                         # all traffic, orders and rates, 3 seeds
+python -m benchmarks.prefill_batching                         # all traffic, orders and rates, 2 seeds
 python -m benchmarks.prefill_batching --traffic two_points --seeds 1
 
 The cluster and the traffic of `benchmarks.policies` on 32 GPUs; and "two_points": nine of ten prompts have
@@ -57,7 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--traffic", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--policy", default="goodput")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     if not TRACES.is_dir():
         sys.exit(f"{TRACES.name}: the shared traces are needed beside the checkout")

@@ -62,6 +62,7 @@ class BlockPool:
     Attributes:
         changes: of the prefix cache, where somebody wants to be told of them.
         span_blocks: blocks that are told of together.
+        now_s: time, as far as it has been told.
     """
 
     def __init__(self, blocks: int, block_size: int, *, caching: bool) -> None:
@@ -78,6 +79,9 @@ class BlockPool:
         # What each release left in the cache, the oldest first; blocks used again since are stale in it.
         self._released: deque[tuple[int, list[int]]] = deque()
         self._releases = 0
+        # The same of what is kept for longer, with the time until when.
+        self._kept: list[tuple[float, int, list[int]]] = []
+        self.now_s = 0.0
         self._named = 0
         self._has_copies = False
         self.changes: BlockChanges | None = None
@@ -148,7 +152,8 @@ class BlockPool:
         table.committed = found
 
     def take(self, count: int) -> bool:
-        """Take plain blocks, evicting the least recently used cached ones; False when there are too few."""
+        """Take plain blocks, evicting the least recently used cached ones, and those that are kept last;
+        False when there are too few."""
         missing = count - self._plain
         if missing > 0:
             if missing > self._idle:
@@ -177,10 +182,11 @@ class BlockPool:
         table.shared = table.shared + fresh
         table.private -= len(fresh)
 
-    def release(self, table: BlockTable, filled_tokens: int = 0) -> None:
+    def release(self, table: BlockTable, filled_tokens: int = 0, keep_s: float = 0.0) -> None:
         """Give back all blocks of a request; findable ones stay until they are evicted, last blocks first.
 
         Args:
+            keep_s: for how long they shall not be, unless there are no others.
             filled_tokens: tokens in them; full blocks of output stay too, as in vLLM, for itself only.
         """
         output_blocks = filled_tokens // self.block_size - len(table.hashes)
@@ -207,7 +213,10 @@ class BlockPool:
         self._releases += 1
         for use in uses:
             use.released = self._releases
-        self._released.append((self._releases, left))
+        if keep_s > 0:
+            self._kept.append((self.now_s + keep_s, self._releases, left))
+        else:
+            self._released.append((self._releases, left))
         self._idle += len(left)
 
     def _begin_use(self, table: BlockTable, blocks: list[int]) -> None:
@@ -243,12 +252,23 @@ class BlockPool:
                 joint[block] = users - 1
         return last
 
+    def _let_go(self) -> None:
+        """What has been kept for long enough may be evicted as if it were left now."""
+        now_s = self.now_s
+        self._released.extend(entry[1:] for entry in self._kept if entry[0] <= now_s)
+        self._kept = [entry for entry in self._kept if entry[0] > now_s]
+
     def _evict(self, count: int) -> None:
         known, released = self._known, self._released
         self._idle -= count
         self._plain += count
         evicted: list[int] = []
+        if self._kept:
+            self._let_go()
         while count:
+            if not released:
+                # Of those that are kept the last one goes first: who has come far goes on.
+                released.append(self._kept.pop()[1:])
             release, blocks = released[0]
             last = blocks[-count:]
             del blocks[-count:]

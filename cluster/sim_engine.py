@@ -38,6 +38,7 @@ from cluster.sim_scheduler import (
 from cluster.spec import ClusterSpec
 from cluster.wire import (
     DUE_PARAM,
+    KEEP_PARAM,
     Blocks,
     Load,
     PrefillCounts,
@@ -268,6 +269,7 @@ class SimEngine:
             adapter=request.lora_request[0] if request.lora_request else "",
             deadline_s=now_s + extra.get(DUE_PARAM, math.inf),
             came_s=now_s,
+            keep_s=extra.get(KEEP_PARAM, 0.0),
         )
         if self._flights:
             self._catch_up(now_s)
@@ -501,6 +503,7 @@ class SimEngine:
 
     def _settle(self, now_s: float) -> None:
         """Account for the iterations that have ended by now."""
+        self._scheduler.pool.now_s = now_s
         for flight in list(self._flights):
             steps = bisect_right(flight.ends, now_s, lo=flight.ended) - flight.ended
             if not steps:

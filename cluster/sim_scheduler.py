@@ -38,6 +38,7 @@ class Sequence:
         deadline_s: time by which it shall have its first token.
         adapter: name of its LoRA adapter; empty for none.
         came_s: when it came.
+        keep_s: how long its blocks are worth keeping when it has ended.
         total: tokens whose KV must be there before it gets its next token.
         computed: tokens whose KV is there, or will be with the iterations that run.
         in_flight: those of them that running iterations compute.
@@ -62,6 +63,7 @@ class Sequence:
     deadline_s: float = math.inf
     adapter: str = ""
     came_s: float = 0.0
+    keep_s: float = 0.0
     total: int = 0
     computed: int = 0
     in_flight: int = 0
@@ -233,7 +235,7 @@ class Scheduler:
         sequence = self.kept.pop(request_id, None)
         if sequence is None:
             return False
-        self.pool.release(sequence.table, sequence.computed)
+        self.pool.release(sequence.table, sequence.computed, sequence.keep_s)
         self._is_full = False
         return True
 
@@ -283,6 +285,7 @@ class Scheduler:
         read from elsewhere: their blocks are taken.
         """
         group = self.groups[lane]
+        self.pool.now_s = now_s
         to_read: list[Sequence] = []
         budget = self.options.max_num_batched_tokens
         before, loads = self.preemptions, self.adapter_loads
@@ -622,7 +625,7 @@ class Scheduler:
         if sequence.keeps:
             self.kept[sequence.request_id] = sequence
         else:
-            self.pool.release(sequence.table, sequence.computed)
+            self.pool.release(sequence.table, sequence.computed, sequence.keep_s)
 
 
 def _admitted(sequence: Sequence) -> int:

@@ -194,6 +194,8 @@ class ClusterSpec(Frozen):
             bound, or than `deadlines.prefill_s`, and the router offers it to another; `open` takes all.
         prefill_batching: which prompts share an iteration: whoever comes next (`mixed`), or short ones with
             each other and not with chunks of long ones, for which they wait a few milliseconds (`by_length`).
+        keep_sessions: whether prefill instances keep the KV of a session's prompt from being evicted for as
+            long as it is worth it, for the session's next turn; for policies that predict times.
         decode_admission: when a request is let into the memory of a decode instance: when there are
             `free_blocks` for it now, or when it fits at the `predicted_peak` of all that are there.
     """
@@ -219,6 +221,7 @@ class ClusterSpec(Frozen):
     prefill_order: Literal["arrival", "deadline"] = "arrival"
     prefill_queue: Literal["bounded", "open"] = "bounded"
     prefill_batching: Literal["mixed", "by_length"] = "mixed"
+    keep_sessions: bool = False
     decode_admission: Literal["free_blocks", "predicted_peak"] = "free_blocks"
 
     @model_validator(mode="after")

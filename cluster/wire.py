@@ -38,6 +38,10 @@ RELEASE_PARAM: Final = "pdserve_release"
 
 # Key of a request's `extra_args`: seconds until its first token is due.
 DUE_PARAM: Final = "pdserve_due_in_s"
+# And for how many seconds after its end its blocks are worth keeping, for the session's next turn.
+KEEP_PARAM: Final = "pdserve_keep_s"
+# Keys that no client may set.
+OUR_PARAMS: Final = frozenset({DUE_PARAM, KEEP_PARAM})
 
 FINISH_STOP: Final = 0
 FINISH_LENGTH: Final = 1

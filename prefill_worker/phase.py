@@ -43,6 +43,8 @@ def _scheduler(spec: ClusterSpec) -> str | None:
     module, name = _SCHEDULERS[spec.prefill_order, spec.prefill_batching]
     # On CPUs vLLM decides nothing ahead.
     name = f"Async{name}" if spec.device == "gpu" else name
+    if spec.keep_sessions:
+        module, name = "session_scheduler_vllm", f"Keeping{name}"
     return f"prefill_worker.{module}.{name}" if module else None
 
 

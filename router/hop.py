@@ -44,6 +44,7 @@ class Hop:
         generated: the request's output tokens that went to the client; one list for all its hops.
         cached_tokens: of its prompt, that need no computing there as far as is known.
         deadline_s: loop time by which the client shall have its first token; infinite where it has one.
+        keep_s: how long its blocks are worth keeping when it has ended.
         swallow: output tokens that the client has already, generated again here (replay).
         deliver: whether its tokens go to the client.
         source: the prefill hop whose blocks it reads.
@@ -73,6 +74,7 @@ class Hop:
         "instance_id",
         "is_first",
         "is_last",
+        "keep_s",
         "kind",
         "max_tokens",
         "progress_s",
@@ -98,6 +100,7 @@ class Hop:
         source: Hop | None = None,
         cached_tokens: int = 0,
         deadline_s: float = math.inf,
+        keep_s: float = 0.0,
     ) -> None:
         self.hop_id = hop_id
         self.instance_id = instance_id
@@ -111,6 +114,7 @@ class Hop:
         self.source = source
         self.cached_tokens = cached_tokens
         self.deadline_s = deadline_s
+        self.keep_s = keep_s
         self.handle: KvHandle | None = None
         self.is_first = not generated
         self.is_last = False

@@ -18,10 +18,11 @@ from router.decisions import Decisions
 from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
 from router.policy import Decision, Policy, Unsplit
-from router.predictor import Predictor
+from router.predictor import Prediction, Predictor
 from router.run import Run
+from router.session_ttl import SessionTtl, Turn, WithSession
 from router.slack import Slack
-from router.view import ClusterView
+from router.view import ClusterView, View
 from router.waiting_line import WaitingLine
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Router:
         decisions: Decisions | None = None,
         tenant_weights: Mapping[str, float] | None = None,
         promised_tpot_s: float = math.inf,
+        keeps_sessions: bool = False,
     ) -> None:
         """
         Args:
@@ -124,6 +126,7 @@ class Router:
             decisions: keeps what is decided, for those who ask.
             tenant_weights: shares of tenants that are not 1.
             promised_tpot_s: the tightest bound of all classes, for which those that fill slack leave room.
+            keeps_sessions: whether instances shall keep the KV of a session for its next turn.
         """
         self.deadlines = deadlines
         self.metrics = metrics
@@ -139,6 +142,7 @@ class Router:
         self.predictor = predictor
         self._decisions = decisions
         self.line = WaitingLine()
+        self._sessions = SessionTtl() if keeps_sessions else None
         self.admission = Admission(deadlines.prefill_s, tenant_weights)
         self.slack = Slack(self.fleet, promised_tpot_s)
         self._client = client
@@ -197,7 +201,10 @@ class Router:
         """
         if self._draining:
             raise Draining()
-        run = Run(request, self, asyncio.get_running_loop().time())
+        now_s = asyncio.get_running_loop().time()
+        if self._sessions is not None and request.session_id:
+            self._sessions.came(request.session_id, now_s)
+        run = Run(request, self, now_s)
         try:
             run.admit()
         except Exception as found:
@@ -301,8 +308,12 @@ class Router:
         """The policy's decision on the instances there are now, without those that failed the request and
         those that were too busy for it; None when it finds nobody but one of the latter."""
         without = avoid | refused
-        view = self.fleet.without(without) if without else self.fleet
+        view: View = self.fleet.without(without) if without else self.fleet
         now_s = asyncio.get_running_loop().time()
+        # Where engines tell what they have, what they don't tell is gone.
+        is_told = self.wants_blocks and request.plain_prompt
+        if self._sessions is not None and not is_told and (kept := self._sessions.kept(request, now_s)):
+            view = WithSession(view, kept)
         decision = self._policy.decide(request, view, now_s)
         if decision.prefill in refused:
             return None
@@ -326,6 +337,28 @@ class Router:
             raise InstanceLost(instance=hop.source.instance_id, stage=hop.kind.value)
         hop.progress_s = asyncio.get_running_loop().time()
         return OpenHop(self._hops, hop, member.link)
+
+    def keep_s(self, request: ServeRequest, instance_id: str, predicted: Prediction | None) -> float:
+        """How long an instance shall keep the KV of a prompt for the session's next turn; 0 for not at all,
+        as where it would be read for its answer only."""
+        member = self.fleet.get(instance_id)
+        if self._sessions is None or not request.session_id or member is None:
+            return 0.0
+        if member.info.role is not Role.PREFILL:
+            return 0.0
+        if predicted is not None:
+            self._sessions.waited(predicted.queue_s)
+        tokens, facts = len(request.prompt_token_ids), member.info.facts
+        reload_s = self.predictor.prefill_s(Role.PREFILL, tokens)[0] if self.predictor is not None else 0.0
+        return self._sessions.keep_s(reload_s, tokens / facts.kv_capacity_tokens if facts else 1.0)
+
+    def computed(self, hop: Hop) -> None:
+        """An instance has computed a prompt."""
+        session_id = hop.request.session_id
+        if self._sessions is not None and session_id:
+            now_s = asyncio.get_running_loop().time()
+            turn = Turn(hop.instance_id, len(hop.prompt_token_ids), now_s, now_s + hop.keep_s)
+            self._sessions.computed(session_id, turn)
 
     def release(self, instance_id: str, request_ids: list[str]) -> None:
         """Let an instance free blocks that nobody will read."""

@@ -179,6 +179,7 @@ class Run:
             self._prompt_done()
             self.stage = Stage.DECODE
             await self._ended(hop)
+        self._router.computed(hop)
 
     async def _split(self, decision: Decision) -> None:
         """Prefill on one instance, decode on another."""
@@ -211,6 +212,7 @@ class Run:
             await self._started(hop, self._router.deadlines.prefill_s)
             await self._ended(hop)
         self._prompt_done()
+        self._router.computed(hop)
         self._observe(Stage.PREFILL, self.timeline.prefill_sent_s)
 
     def _prompt_done(self) -> None:
@@ -270,6 +272,7 @@ class Run:
             source=source,
             cached_tokens=predicted.cached_tokens if predicted is not None else 0,
             deadline_s=math.inf if self.generated else self.timeline.arrived_s + self.request.slo.ttft_s,
+            keep_s=self._router.keep_s(self.request, instance_id, self.predicted),
         )
 
     def _prompt_for(self, kind: HopKind, sent: int) -> list[int]:

@@ -27,7 +27,7 @@ from cluster.instance import InstanceInfo, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import Handoff, ServeRequest
 from cluster.spec import ClusterSpec
-from cluster.wire import DUE_PARAM
+from cluster.wire import DUE_PARAM, KEEP_PARAM, OUR_PARAMS
 from router.adapters import ClusterAdapters
 from router.decision_log import DecisionLog, log_path
 from router.decisions import Decisions
@@ -93,6 +93,8 @@ def hop_request(original: Any, hop: Hop) -> Any:
         extra["kv_transfer_params"] = dict(hop.kv_params)
     if hop.deadline_s < math.inf:
         extra[DUE_PARAM] = hop.deadline_s - asyncio.get_running_loop().time()
+    if hop.keep_s:
+        extra[KEEP_PARAM] = hop.keep_s
     params.extra_args = extra or None
     request.sampling_params = params
     return request
@@ -124,6 +126,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             decisions=self.decisions,
             tenant_weights=spec.slo.tenant_weights,
             promised_tpot_s=spec.slo.tightest_tpot_s,
+            keeps_sessions=spec.keep_sessions,
         )
         self.links = LinkKeeper(
             self.router, ingress=ingress, engine=engine, encode=self._encode, on_outputs=self._on_outputs
@@ -151,11 +154,11 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         handoff = handoff_of(params)
         # A copy: with n > 1 vLLM gives one object to all choices, and each needs a seed of its own.
         request.sampling_params = params = copy.copy(params)
-        # Where KV comes from is ours to say, never a client's.
+        # Where KV comes from, and what else is between us and engines, is never a client's to say.
         params.extra_args = {
             key: value
             for key, value in (params.extra_args or {}).items()
-            if key not in ("kv_transfer_params", UNSPLIT)
+            if key not in ("kv_transfer_params", UNSPLIT, *OUR_PARAMS)
         }
         if request.mm_features or request.prompt_embeds is not None:
             handoff = Handoff.NOTHING

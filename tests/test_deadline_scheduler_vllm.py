@@ -15,13 +15,13 @@ from tests.test_sim_scheduler_vllm import BLOCK, Case, Theirs, model  # noqa: F4
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
-def case_of(*, blocks: int = 1000, reserve: bool = False, max_loras: int = 0) -> Case:
+def case_of(*, blocks: int = 1000, reserve: bool = False, max_loras: int = 0, caching: bool = False) -> Case:
     return Case(
         blocks=blocks,
         budget=16,
         max_num_seqs=8,
         chunked=True,
-        caching=False,
+        caching=caching,
         threshold=0,
         reserve=reserve,
         stages=1,

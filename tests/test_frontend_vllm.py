@@ -11,6 +11,7 @@ import pytest
 
 from cluster import vllm_api, wire
 from cluster.request import Handoff, ServeRequest
+from cluster.wire import KEEP_PARAM
 from router.hop import Hop, HopKind
 from router.sampling import UNSPLIT, handoff_of, needs_seed
 from router.vllm_frontend import hop_request
@@ -133,6 +134,13 @@ async def hop(kind: HopKind, sent: list[int], *, carries: bool = True, source: H
         swallow=0 if carries else len(sent),
         source=source,
     )
+
+
+async def test_a_hop_says_how_long_its_blocks_are_worth_keeping() -> None:
+    one = await hop(HopKind.PREFILL, [])
+    assert KEEP_PARAM not in hop_request(original(), one).sampling_params.extra_args
+    one.keep_s = 2.5
+    assert hop_request(original(), one).sampling_params.extra_args[KEEP_PARAM] == 2.5
 
 
 async def test_a_prefill_hop_asks_for_one_token_and_keeps_its_blocks() -> None:

@@ -82,6 +82,56 @@ operations = st.lists(
 )
 
 
+def cached_blocks(pool: BlockPool, tokens: list[int]) -> int:
+    return pool.find(table_of(pool, tokens), len(tokens))
+
+
+def test_what_is_kept_is_evicted_last_and_of_that_the_latest_first() -> None:
+    pool = BlockPool(8, BLOCK, caching=True)
+    prompts = [[number] * 2 * BLOCK for number in range(3)]
+    tables = [fill(pool, prompt) for prompt in prompts]
+    for table, keep_s in zip(tables, (10.0, 20.0, 0.0), strict=True):
+        pool.release(table, keep_s=keep_s)
+    assert (pool.used, pool.free) == (0, 8)
+    assert pool.take(4)
+    assert [cached_blocks(pool, prompt) for prompt in prompts] == [2, 2, 0]
+    assert pool.take(1)
+    assert [cached_blocks(pool, prompt) for prompt in prompts] == [2, 1, 0]
+    assert pool.take(3)
+    assert not pool.take(1)
+    assert pool.used == 8
+
+
+def test_what_was_kept_for_long_enough_goes_after_what_was_left_before() -> None:
+    pool = BlockPool(8, BLOCK, caching=True)
+    kept, left, late = ([number] * 2 * BLOCK for number in range(3))
+    tables = [fill(pool, prompt) for prompt in (kept, left, late)]
+    pool.release(tables[0], keep_s=10.0)
+    pool.release(tables[1])
+    pool.now_s = 10.0
+    assert pool.take(2)  # there were plain ones
+    assert pool.take(1)
+    assert [cached_blocks(pool, prompt) for prompt in (kept, left)] == [2, 1]
+    pool.release(tables[2])
+    assert pool.take(2)
+    assert [cached_blocks(pool, prompt) for prompt in (kept, left, late)] == [1, 0, 2]
+
+
+def test_what_is_kept_can_be_used_and_kept_again() -> None:
+    pool = BlockPool(8, BLOCK, caching=True)
+    prompt = [1] * 2 * BLOCK
+    pool.release(fill(pool, prompt), keep_s=10.0)
+    longer = prompt + [2] * BLOCK
+    again = fill(pool, longer)
+    check(pool, [again])
+    pool.release(again, keep_s=10.0)
+    assert pool.take(6)
+    assert cached_blocks(pool, longer) == 2
+    pool.now_s = 11.0
+    assert pool.take(2)
+    assert pool.used == 8
+
+
 @settings(max_examples=300, deadline=None)
 @given(operations, st.integers(4, 24), st.sampled_from([1, 2]))
 def test_the_pool_does_as_the_oracle(asked: list[tuple[str, object]], blocks: int, span: int) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cluster.latency import ConstantLatency
 from cluster.sim_options import TwinOptions
 from cluster.sim_scheduler import Scheduler, Sequence
-from cluster.wire import DUE_PARAM
+from cluster.wire import DUE_PARAM, KEEP_PARAM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -108,13 +108,21 @@ class Theirs:
         return VllmScheduler
 
     def add(
-        self, request_id: str, prompt: list[int], limit: int, due_in_s: float = math.inf, adapter: int = 0
+        self,
+        request_id: str,
+        prompt: list[int],
+        limit: int,
+        due_in_s: float = math.inf,
+        adapter: int = 0,
+        keep_s: float = 0.0,
     ) -> None:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.v1.request import Request
 
         self._generated[request_id] = 0
+        extra = {} if due_in_s == math.inf else {DUE_PARAM: due_in_s}
+        extra |= {KEEP_PARAM: keep_s} if keep_s else {}
         self.scheduler.add_request(
             Request(
                 request_id=request_id,
@@ -122,7 +130,7 @@ class Theirs:
                 sampling_params=SamplingParams(
                     max_tokens=limit,
                     ignore_eos=True,
-                    extra_args=None if due_in_s == math.inf else {DUE_PARAM: due_in_s},
+                    extra_args=extra or None,
                 ),
                 pooling_params=None,
                 block_hasher=self._hasher,

@@ -143,9 +143,13 @@ class TwinInstance:
 class TwinCluster:
     """A router on twin instances; what its clients got is in `tokens`, `finished` and `errors`."""
 
-    def __init__(self, *instance_ids: str, deadlines: DeadlineSpec | None = None) -> None:
+    def __init__(
+        self, *instance_ids: str, deadlines: DeadlineSpec | None = None, keeps_sessions: bool = False
+    ) -> None:
         self.metrics = IngressMetrics(CollectorRegistry())
-        self.router = Router(LeastTokens(), deadlines or DeadlineSpec(), self, self.metrics)
+        self.router = Router(
+            LeastTokens(), deadlines or DeadlineSpec(), self, self.metrics, keeps_sessions=keeps_sessions
+        )
         self.instances: dict[str, TwinInstance] = {}
         self.tokens: dict[str, list[int]] = {}
         self.finished: set[str] = set()

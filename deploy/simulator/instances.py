@@ -15,7 +15,7 @@ from cluster.latency import Batch, LatencyProfile, Levels, ProfiledLatency
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
-from cluster.wire import DUE_PARAM, Blocks, Offer, TokenOutput, TokenRequest
+from cluster.wire import DUE_PARAM, KEEP_PARAM, Blocks, Offer, TokenOutput, TokenRequest
 from cluster.worker import Ready
 from decode_worker.phase import phase_options as decode_options
 from decode_worker.phase import twin_parts as decode_parts
@@ -276,6 +276,8 @@ def _request(hop: Hop, now_s: float) -> TokenRequest:
         extra = {"kv_transfer_params": hop.kv_params}
     if hop.deadline_s < math.inf:
         extra[DUE_PARAM] = hop.deadline_s - now_s
+    if hop.keep_s:
+        extra[KEEP_PARAM] = hop.keep_s
     return TokenRequest(
         request_id=hop.hop_id,
         prompt_token_ids=hop.prompt_token_ids,

@@ -99,6 +99,7 @@ class Simulation:
             with_prefixes=spec.policy in PREFIX_AWARE,
             tenant_weights=spec.slo.tenant_weights,
             promised_tpot_s=spec.slo.tightest_tpot_s,
+            keeps_sessions=spec.keep_sessions,
         )
         self._instances.router = self._router
         self._journal.on_end = lambda name: self._instances.block_hashes.pop(name, None)
@@ -198,6 +199,7 @@ class Simulation:
                         fills_slack=slo_class.fills_slack,
                         plain_prompt=not request.adapter,
                         adapter=request.adapter,
+                        session_id=request.session_id or "",
                     )
                 )
             except ServingError as error:

@@ -529,7 +529,7 @@ def test_an_adapter_is_loaded_once_and_takes_its_time() -> None:
     assert [round(one - least_s, 6) for one in took_s] == [0, 0.5, 0, 0, 0.5, 0.5]
 
 
-def test_an_adapter_for_a_twin_without_any_is_refused() -> None:
+async def test_an_adapter_for_a_twin_without_any_is_refused() -> None:
     engine = SimEngine(options_of(), "m")
     request = TokenRequest(request_id="r", prompt_token_ids=[1], lora_request=["a", 1, "/"])
     with pytest.raises(ValueError, match="without enable_lora"):

@@ -130,6 +130,27 @@ class Rejected(ServingError):
         return f"too busy for this request's SLO: {'; '.join(said)}; try again in {self.retry_after_s} s"
 
 
+class RejectedAsCostly(ServingError):
+    """It might keep its SLO, and more of the others' would be lost by it. Facts: `chance` (to keep its own),
+    `harm` (what others lose, in requests), `ttft_s` (predicted), `retry_after_s`."""
+
+    retryable = True
+    http_status = 429
+    reason = "rejected-costly"
+
+    chance: float
+    harm: float
+    ttft_s: float
+    retry_after_s: int
+
+    def describe(self) -> str:
+        return (
+            f"too busy for this request now: TTFT would be {self.ttft_s * 1e3:.0f} ms, its chance to keep "
+            f"its SLO {self.chance:.0%}, and others would lose {self.harm:.2f} of theirs; "
+            f"try again in {self.retry_after_s} s"
+        )
+
+
 class RejectedForOthers(ServingError):
     """There is room, and it is reserved for others. Facts: `why`, `ttft_s` (predicted), `limit_s` (the
     longest that this request may wait now), `retry_after_s`."""

@@ -1,7 +1,8 @@
 """Admission: a request that will miss its SLO beyond repair is told so at once, instead of waiting for it.
 
-The policy has chosen the best place there is and says how likely the request keeps its bounds there. Where
-that is next to impossible it gets nothing by being served, and takes from others what would have kept theirs.
+The policy has chosen the best place there is and says how likely the request keeps its bounds there, and how
+many of the others' would be lost by it. Where the former is next to impossible it gets nothing by being
+served, and where the latter are more, they lose more than it gets.
 
 The last part of the time that a request may wait is reserved, as telephone networks reserve their last lines:
 not for tenants that have had more than others who ask as well, and not for classes of lower priority. They
@@ -13,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from cluster.errors import Rejected, RejectedForOthers
+from cluster.errors import Rejected, RejectedAsCostly, RejectedForOthers
 from cluster.request import ServeRequest
 from router.predictor import Prediction
 from router.tenants import Tenants
 
 # Who has less would, let in, delay others for an answer that is likely late.
-LEAST_CHANCE = 0.3
+LEAST_CHANCE = 0.15
 # Of the time a request may wait: for those within their share, and for those of priority 0 or more important.
 RESERVED = 0.3
 # Nobody is asked to come back sooner, or to plan for longer.
@@ -39,12 +40,20 @@ class Admission:
         self._tenants = Tenants(weights)
 
     def require(self, request: ServeRequest, predicted: Prediction | None, now_s: float) -> None:
-        """Raises Rejected for a request with next to no chance, RejectedForOthers for one whose place others
-        shall have; nothing is known of one without a prediction."""
+        """Raises Rejected for a request with next to no chance, RejectedAsCostly for one by which more is
+        lost than won, RejectedForOthers for one whose place others shall have; nothing is known of one
+        without a prediction."""
         self._tenants.came(request.tenant, now_s)
         if predicted is None:
             return
         self.require_chance(request, predicted)
+        if predicted.chance < predicted.harm:
+            raise RejectedAsCostly(
+                chance=predicted.chance,
+                harm=predicted.harm,
+                ttft_s=predicted.ttft_s,
+                retry_after_s=retry_s(predicted.queue_s),
+            )
         limit_s = min(request.slo.ttft_s, self._longest_s)
         why = []
         if self._tenants.is_ahead(request.tenant, now_s):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 
-from cluster.errors import Rejected, RejectedForOthers
+from cluster.errors import Rejected, RejectedAsCostly, RejectedForOthers
 from cluster.request import NO_SLO, ServeRequest, Slo
 from router.admission import LEAST_CHANCE, RESERVED, Admission
 from router.predictor import Prediction
@@ -47,6 +48,16 @@ def test_a_rejection_says_what_would_be_and_when_to_come_back() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert again.facts == error.facts
     assert again.tpot_bound_s == math.inf
+
+
+def test_who_costs_others_more_than_it_gets_is_told_so() -> None:
+    costly = replace(predicted(0.6), harm=0.7, queue_s=2.4)
+    with pytest.raises(
+        RejectedAsCostly, match=r"its chance to keep its SLO 60%, and others would lose 0\.70"
+    ) as caught:
+        Admission().require(request(Slo(ttft_s=0.6)), costly, 0.0)
+    assert (caught.value.reason, caught.value.retry_after_s) == ("rejected-costly", 3)
+    Admission().require(request(Slo(ttft_s=0.6)), replace(costly, harm=0.6), 0.0)
 
 
 def test_a_bound_below_a_millisecond_is_not_called_none() -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,12 +18,13 @@ from hypothesis import strategies as st
 from cluster.instance import Role
 from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost
 from cluster.request import ServeRequest, Slo
-from cluster.spec import ClusterSpec, parse_spec
+from cluster.spec import ClusterSpec, load_spec, parse_spec
 from deploy.simulator.result import SimulationResult
 from deploy.simulator.run import Simulation
 from deploy.simulator.scenario import Scenario, parse_scenario
 from deploy.slo_classes import SloClass
 from deploy.workload import WorkloadRequest
+from deploy.workload_grammar import make_workload
 from router.policies import POLICIES
 from router.policy import Decision
 from router.view import View
@@ -426,3 +428,15 @@ def test_forwarding_keeps_prompts_from_an_instance_that_is_slower_than_believed(
         assert not any(request.moves for request in result.requests)  # a refusal is no move
         kept[queue] = sum(request.met for request in result.requests) / len(asked)
     assert kept["bounded"] > kept["open"] + gain
+
+
+def test_what_is_cached_is_told_only_where_somebody_may_find_it() -> None:
+    """And where nobody can, the decisions are the same with it."""
+    specs = Path(__file__).resolve().parent.parent / "deploy" / "specs"
+    spec = load_spec(specs / "h100-8b-256p256d.yaml", {"prefill": {"count": 2}, "decode": {"count": 2}})
+    asked = make_workload("poisson:rate=20,count=200,lengths=conversation", 0)
+    untold, told = Simulation(spec, asked), Simulation(spec, asked, scenario=Scenario(restart_s=61.0))
+    assert (untold.router.wants_blocks, told.router.wants_blocks) == (False, True)
+    assert untold.run().requests == told.run().requests
+    shared = [replace(request, hash_ids=(1,)) for request in asked]
+    assert Simulation(spec, shared).router.wants_blocks

@@ -96,7 +96,7 @@ class Simulation:
             IngressMetrics(CollectorRegistry()),
             predictor,
             by_deadline=spec.prefill_order == "deadline",
-            with_prefixes=spec.policy in PREFIX_AWARE,
+            with_prefixes=spec.policy in PREFIX_AWARE and _have_common_beginnings(requests, scenario),
             tenant_weights=spec.slo.tenant_weights,
             promised_tpot_s=spec.slo.tightest_tpot_s,
             keeps_sessions=spec.keep_sessions,
@@ -262,6 +262,12 @@ async def _sleep_until(loop: asyncio.AbstractEventLoop, when_s: float) -> None:
         await reached
     finally:
         timer.cancel()
+
+
+def _have_common_beginnings(requests: Sequence[WorkloadRequest], scenario: Scenario) -> bool:
+    """Whether some prompt may be found in a cache: where none begins like another and nothing fails, so that
+    none is computed again, the index of all that is cached would only take time."""
+    return scenario != QUIET or any(request.hash_ids or request.session_id for request in requests)
 
 
 @contextmanager

@@ -75,9 +75,10 @@ class LearningDoorman:
         """Take a prompt (None), or refuse it: then the seconds until it could begin."""
         due_s = math.inf if offer.due_in_s is None else now_s + offer.due_in_s
         if self._prompts and self._stretches >= LEAST_STRETCHES and not offer.must_take:
-            wait_s, pace = self._wait_s(self._ahead(due_s, now_s), now_s)
+            ahead = self._ahead(due_s, now_s)
+            wait_s = self._wait_s(ahead, now_s)
             # To be taken elsewhere costs a round trip, to be late costs all: there is no tolerance.
-            if wait_s + pace * self._seconds(offer.tokens) > min(due_s - now_s, self._longest_s):
+            if self._wait_s(ahead + offer.tokens, now_s) > min(due_s - now_s, self._longest_s):
                 return wait_s
         if not self._prompts:
             self._restart(now_s)
@@ -127,15 +128,15 @@ class LearningDoorman:
         # Whoever is computed goes on to the end of the iteration.
         return max(sooner, min(self.tokens, self._batch_tokens))
 
-    def _wait_s(self, ahead: int, now_s: float) -> tuple[float, float]:
-        """(seconds until so many tokens are computed, how many times as long as usual it takes), where there
-        is a prompt."""
-        since_s = now_s - self._since_s
+    def _wait_s(self, ahead: int, now_s: float) -> float:
+        """Seconds until so many tokens are computed, where there is a prompt."""
+        since_s, usual_s = now_s - self._since_s, self._seconds(ahead)
         # The first has its token within the time of its own tokens, or of a whole iteration. Where it has
-        # not, the instance is so much slower than it was.
+        # not, the instance is so much slower than it was; or it stands still, and may for as long again.
         first_s = self._seconds(max(next(iter(self._prompts.values())).tokens, self._batch_tokens))
-        pace = max(1.0, since_s / first_s) if first_s else 1.0
-        return max(0.0, pace * self._seconds(ahead) - since_s), pace
+        if not 0 < first_s < since_s:
+            return max(0.0, usual_s - since_s)
+        return max(0.0, min(usual_s * since_s / first_s - since_s, usual_s - first_s + since_s))
 
     def _seconds(self, tokens: int) -> float:
         """Under load; 0 before anything was learned."""

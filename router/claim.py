@@ -121,10 +121,14 @@ class Claim:
             if self._predictor is not None and not predicted.queue_s:
                 self._predictor.loaded(stage_s - (predicted.ttft_s - predicted.load_s))
             return
-        if instance.info.role is Role.PREFILL and took_s is not None:
-            pace.worked(predicted.work_s, took_s)
+        tokens = self._tokens - predicted.cached_tokens
+        done: tuple[int, float] | None = None
         if predicted.queue_s:
             pace.came(predicted.ttft_s, stage_s)
-        elif self._predictor is not None:
-            # Behind a queue it would tell more of the others, who may have overtaken it, than of itself.
-            self._predictor.prefilled(instance.info.role, self._tokens - predicted.cached_tokens, stage_s)
+        elif not instance.prompts:
+            # Nobody was before it, and nobody came while it was there.
+            done = tokens, stage_s
+        if instance.info.role is Role.PREFILL and took_s is not None:
+            done = pace.worked(predicted.work_s, took_s, tokens) or done
+        if done is not None and self._predictor is not None:
+            self._predictor.prefilled(instance.info.role, *done)

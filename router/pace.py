@@ -74,11 +74,12 @@ class PromptPace:
         late_s: what comes on top.
     """
 
-    __slots__ = ("_error_s", "_pace", "_seen", "_took_s", "_work_s", "late_s")
+    __slots__ = ("_error_s", "_pace", "_seen", "_tokens", "_took_s", "_work_s", "late_s")
 
     def __init__(self) -> None:
         self._pace = Pace()
         self._work_s = self._took_s = 0.0
+        self._tokens = 0
         self._seen = 0
         self._error_s = 0.0
         self.late_s = 0.0
@@ -95,13 +96,20 @@ class PromptPace:
             return self._pace.spread
         return min(MOST_SPREAD, max(self._pace.spread, self._error_s / expected_s))
 
-    def worked(self, work_s: float, took_s: float) -> None:
-        """It worked for so long on what was predicted, without the factor, to take `work_s`."""
+    def worked(self, work_s: float, took_s: float, tokens: int = 0) -> tuple[int, float] | None:
+        """It worked for so long on so many tokens, which was predicted, without the factor, to take `work_s`.
+        Returns (tokens, seconds) of a while that is complete, and from which it has learned."""
+        done: tuple[int, float] | None = None
+        # Those that end with the first of an iteration seem to take nothing: they belong to it.
+        if took_s > 0 and max(self._work_s, self._took_s) >= WINDOW_S:
+            self._pace.learn(self._work_s, self._took_s)
+            done = self._tokens, self._took_s
+            self._work_s = self._took_s = 0.0
+            self._tokens = 0
         self._work_s += work_s
         self._took_s += took_s
-        if self._work_s >= WINDOW_S:
-            self._pace.learn(self._work_s, self._took_s)
-            self._work_s = self._took_s = 0.0
+        self._tokens += tokens
+        return done
 
     def came(self, predicted_s: float, actual_s: float) -> None:
         """A prompt that waited in a queue had its token after so long."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.instance import InstanceLoad, Role
@@ -25,9 +27,10 @@ def fleet_of(*instance_ids: str) -> Fleet[LastSeen]:
     return fleet
 
 
-def claim(fleet: Fleet[LastSeen], predictor: Predictor, now_s: float = 0.0) -> Claim:
-    decision = Goodput(predictor).decide(ASKED, fleet, now_s)
-    return Claim(fleet, ASKED, decision, lone=None, tokens=1000, now_s=now_s, predictor=predictor)
+def claim(fleet: Fleet[LastSeen], predictor: Predictor, now_s: float = 0.0, name: str = "r") -> Claim:
+    asked = replace(ASKED, request_id=name)
+    decision = Goodput(predictor).decide(asked, fleet, now_s)
+    return Claim(fleet, asked, decision, lone=None, tokens=1000, now_s=now_s, predictor=predictor)
 
 
 def test_everything_is_given_back_in_parts() -> None:
@@ -62,11 +65,15 @@ def test_times_are_learned_where_nothing_else_was_in_the_way() -> None:
     assert predictor.iteration_s(decode, 1, 1000) == pytest.approx(0.04, rel=0.05)
 
 
-def test_a_prompt_behind_another_tells_nothing_of_its_own_time() -> None:
+def test_prompts_behind_others_tell_what_is_done_in_a_while() -> None:
     fleet, predictor = fleet_of("prefill-0", "decode-0"), Predictor.learning()
-    first, second = claim(fleet, predictor), claim(fleet, predictor)
     guess_s, _ = predictor.prefill_s(Role.PREFILL, 1000)
-    second.prefilled(9.0)
+    claims = [claim(fleet, predictor, name=f"r{number}") for number in range(8)]
+    claims[0].prefilled(0.8)
+    # It was alone when it came and not when it was done: its own time says nothing.
     assert predictor.prefill_s(Role.PREFILL, 1000)[0] == guess_s
-    first.close(9.0)
-    second.close(9.0)
+    for number, held in enumerate(claims[1:], 2):
+        held.prefilled(0.8 * number)
+        held.close(0.8 * number)
+    assert predictor.prefill_s(Role.PREFILL, 1000)[0] == pytest.approx(0.8, rel=0.1)
+    claims[0].close(99.0)

@@ -35,6 +35,11 @@ BLOCK = 128
 LENGTHS = [1, 2, 5, *(n * BLOCK + d for n in (1, 2, 3, 4) for d in (-1, 0, 1)), 700, 1500]
 
 
+def offer(request_id: str) -> bytes:
+    """The header of a request that the instance must take."""
+    return wire.pack(wire.Offer(request_id, tokens=1, must_take=True))
+
+
 @dataclass
 class Process:
     """A worker process and the connection to its engine."""
@@ -86,7 +91,7 @@ class Process:
             pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=salt,
             data_parallel_rank=None,
         )  # fmt: skip
-        await self.post(wire.ADD, request_id.encode(), *vllm_api.MsgpackEncoder().encode(request))
+        await self.post(wire.ADD, offer(request_id), *vllm_api.MsgpackEncoder().encode(request))
         tokens: list[int] = []
         stats = None
         while True:
@@ -238,7 +243,7 @@ async def check_refusal(decode: Process) -> None:
         ),
         pooling_params=None, arrival_time=0.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
     )  # fmt: skip
-    await decode.post(wire.ADD, b"bad", *vllm_api.MsgpackEncoder().encode(bad))
+    await decode.post(wire.ADD, offer("bad"), *vllm_api.MsgpackEncoder().encode(bad))
     outputs: list[Any] = []
     while not outputs:
         outputs = [output for output in await decode.step() if output.request_id == "bad"]

@@ -5,8 +5,7 @@ One function for all who speak of blocks (router, workers, twins), so that what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
 
 # Fewer tokens under one name would cost a look-up each, and say little more.
 SPAN_TOKENS = 128
@@ -17,12 +16,12 @@ def span_tokens(block_size: int) -> int:
     return block_size * max(1, SPAN_TOKENS // block_size)
 
 
-def chain(before: int, block: tuple[int, ...]) -> int:
+def chain(before: int, block: Sequence[int]) -> int:
     """The name of a block that follows the one named `before`; 0 begins a prompt.
 
     Hashes of ints and of tuples of them are the same in every process of one Python version.
     """
-    return hash((before, block))
+    return hash((before, *block))
 
 
 def chain_hashes(tokens: Sequence[int], block_size: int, before: int = 0) -> Iterator[int]:
@@ -31,7 +30,7 @@ def chain_hashes(tokens: Sequence[int], block_size: int, before: int = 0) -> Ite
     Args:
         before: name of the block that they follow.
     """
-    blocks: Iterable[tuple[int, ...]] = zip(*[iter(tokens)] * block_size, strict=False)
-    names = accumulate(blocks, chain, initial=before)
-    next(names)
-    return names
+    name = before
+    for end in range(block_size, len(tokens) + 1, block_size):
+        name = hash((name, *tokens[end - block_size : end]))  # as `chain`, of which a prompt has hundreds
+        yield name

@@ -141,7 +141,12 @@ class Goodput:
                 alone_s, _ = self._predictor.prefill_s(Role.PREFILL, prompt, found)
             if request.adapter:
                 alone_s += self._load_s(request, instance)
-            return _queue_s(request, instance, deadline_s, now_s) + alone_s * instance.prefill_pace.factor
+                wait_s = _queue_s(request, instance, deadline_s, now_s)
+            else:
+                # As `_queue_s`, for every instance of the pool.
+                queue = instance.prompts
+                wait_s = queue.wait_s(deadline_s, now_s) if queue.work_s else 0.0
+            return wait_s + alone_s * instance.prefill_pace.factor
 
         # A pool is in the order of the spec, and a sort keeps the order of equals.
         return sorted(pool, key=ttft_s)
@@ -250,7 +255,9 @@ class Goodput:
         raw_s = self._predictor.iteration_s(instance, 1, prompt + output // 2)
         load_s = self._load_s(request, instance) if request.adapter else 0.0
         seconds = self._tpot_s(instance, raw_s, load_s)
-        before_s = self._tpot_s(instance, self._predictor.batch_s(instance))
+        before_s = seconds - (raw_s - self._predictor.batch_s(instance)) * pace.factor
+        if load_s:
+            before_s = self._tpot_s(instance, self._predictor.batch_s(instance))
         harm, common = _lost(instance, usual.tpot, before_s, seconds)
         if request.adapter:
             # It alone waits for a slot, and its answer is what both are spread over.

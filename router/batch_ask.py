@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # vLLM's priority: after whatever a client may have asked for. What it uses is a C int.
 LAST = 1_000_000
+# For the app to stop what nobody waits for any more.
+LEAVE_S = 5.0
 TRAITS = Traits(slo_class="batch", priority=LAST, fills_slack=True)
 # (endpoint, body, request id) -> its answer.
 Ask = Callable[[str, bytes, str], Awaitable["Answer"]]
@@ -63,15 +65,15 @@ async def _exchange(app: Asgi, scope: dict[str, Any], body: bytes) -> Answer:
     status, headers = 500, {}
     parts: list[bytes] = []
     given = False
+    left = asyncio.Event()
 
     async def receive() -> dict[str, Any]:
         nonlocal given
         if not given:
             given = True
             return {"type": "http.request", "body": body, "more_body": False}
-        # This client leaves by being cancelled only.
-        await asyncio.Event().wait()
-        raise AssertionError
+        await left.wait()
+        return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
         nonlocal status, headers
@@ -83,8 +85,16 @@ async def _exchange(app: Asgi, scope: dict[str, Any], body: bytes) -> Answer:
         elif message["type"] == "http.response.body":
             parts.append(message.get("body", b""))
 
+    # In a task of its own: an app that waits for its handler and for a disconnect, as vLLM's does, would be
+    # cancelled itself and leave both of them running.
+    serving = asyncio.ensure_future(app(scope, receive, send))
     try:
-        await app(scope, receive, send)
+        await asyncio.shield(serving)
+    except asyncio.CancelledError:
+        left.set()
+        await asyncio.wait({serving}, timeout=LEAVE_S)
+        serving.cancel()
+        raise
     except Exception as error:  # the HTTP edge: a server would log it and close the connection
         logger.exception("the app failed on %s", scope["path"])
         if not parts:

@@ -117,7 +117,7 @@ def parse_line(raw: bytes, endpoint: str) -> Asked:
     """What a line asks for. Raises LineRefused."""
     try:
         line = json.loads(raw)
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or nested without end
         raise LineRefused("invalid_json_line", f"it is not JSON: {error}") from None
     if not isinstance(line, dict):
         raise LineRefused("invalid_json_line", "it is not a JSON object")
@@ -180,10 +180,14 @@ def block_names(text: str) -> bytes:
     return b"".join(names)
 
 
+# More is nonsense, which vLLM will refuse; here it would be no number to reckon with.
+MOST_TOKENS = 10_000_000
+
+
 def _output_tokens(body: dict[str, Any], usual: int) -> int:
     for key in _OUTPUT_KEYS:
         if isinstance(tokens := body.get(key), int) and tokens > 0:
-            usual = tokens
+            usual = min(tokens, MOST_TOKENS)
             break
     choices = body.get("n")
-    return usual * (choices if isinstance(choices, int) and choices > 0 else 1)
+    return usual * (min(choices, MOST_TOKENS) if isinstance(choices, int) and choices > 0 else 1)

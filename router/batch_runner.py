@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 SCAN_S = 5.0
 # A claim is renewed, and a wish to cancel looked for, so often: several times in a lease.
 RENEW_S = 2.0
+# Lines of its files that an owner writes between two signs of life.
+RENEW_LINES = 500
 SWEEP_S = 3600.0
 DAY_S = 86_400.0
 # Of one replica; they take turns.
@@ -207,7 +209,8 @@ class BatchRunner:
         file.seek(line.offset)
         asked = parse_line(file.read(line.size), batch.endpoint)
         request_id = f"batch_req_{uuid.uuid4().hex}"
-        body = json.dumps(asked.body).encode()
+        # It comes last, whatever it says of itself.
+        body = json.dumps({key: value for key, value in asked.body.items() if key != "priority"}).encode()
         tries = 0
         while True:
             entered_s = await self._window.enter()
@@ -230,11 +233,12 @@ class BatchRunner:
             counts.failed += 1
 
     async def _finish(self, batch: Batch, claim: Claim, end: Status) -> None:
-        """Its files, and then its last state."""
+        """Its files, and then its last state. Raises ClaimLost before anything of it is written."""
+        claim.renew()
         if end != "failed":
             batch.become("finalizing", self._store.clock())
             self._store.save(batch)
-            await self._write_files(batch, end)
+            await self._write_files(batch, claim, end)
         claim.renew()
         if end == "cancelled":
             batch.cancelling_at = self._store.cancelled_at(batch.id)
@@ -242,7 +246,7 @@ class BatchRunner:
         self._store.save(batch)
         self._ended.add(batch.id)
 
-    async def _write_files(self, batch: Batch, end: Status) -> None:
+    async def _write_files(self, batch: Batch, claim: Claim, end: Status) -> None:
         """What was answered well, and everything else; neither where there is nothing of it."""
         files: dict[bool, tuple[IO[bytes], str]] = {}
         with contextlib.ExitStack() as stack:
@@ -260,11 +264,15 @@ class BatchRunner:
                 for number, is_ok, line in self._store.answers(batch.id):
                     answered.add(number)
                     write(is_ok, line)
+                    if not len(answered) % RENEW_LINES:
+                        claim.renew()
                     yield
                 if end == "completed":
                     return
                 with self._store.input(batch.id).open("rb") as file:
                     for number, custom_id in custom_ids(file, batch.endpoint):
+                        if not number % RENEW_LINES:
+                            claim.renew()
                         if number not in answered:
                             request_id = f"batch_req_{uuid.uuid4().hex}"
                             write(False, unanswered_line(custom_id, request_id, end) + b"\n")

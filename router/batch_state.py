@@ -79,6 +79,11 @@ class Batch(msgspec.Struct, kw_only=True):
         """Whether nothing more will come of it."""
         return self.status in ENDED
 
+    @property
+    def ended_at(self) -> int | None:
+        """When it did."""
+        return self.completed_at or self.failed_at or self.expired_at or self.cancelled_at
+
     def become(self, status: Status, now_s: float) -> None:
         """It is that from now on."""
         self.status = status

@@ -16,6 +16,7 @@ die, a power cut may cost the last seconds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -85,7 +86,9 @@ class Claim:
 
     def add(self, number: int, line: bytes, *, is_ok: bool) -> None:
         """Keep the answer to a line of the input: a line of the output, or of the error file."""
-        self._answers.write(b"%d\t%b\t%b\n" % (number, ANSWERED if is_ok else FAILED, line))
+        record = b"%d\t%b\t%b\n" % (number, ANSWERED if is_ok else FAILED, line)
+        if self._answers.write(record) != len(record):  # what is torn is read as none, if nothing follows it
+            raise OSError(errno.ENOSPC, "an answer was not written whole", str(self._path))
 
     def close(self, *, is_free: bool = True) -> None:
         """Let others have it: at once, or when the lease is over."""
@@ -142,7 +145,7 @@ class BatchStore:
             return msgspec.json.decode(
                 (self._place(self._files, "file", file_id) / "meta.json").read_bytes(), type=StoredFile
             )
-        except FileNotFoundError:
+        except (FileNotFoundError, msgspec.DecodeError):  # the latter after a power cut
             raise UnknownId(kind="file", name=file_id) from None
 
     def files(self) -> list[StoredFile]:
@@ -182,7 +185,7 @@ class BatchStore:
         place = self._place(self._batches, "batch", batch_id)
         try:
             batch = msgspec.json.decode((place / "state.json").read_bytes(), type=Batch)
-        except FileNotFoundError:
+        except (FileNotFoundError, msgspec.DecodeError):
             raise UnknownId(kind="batch", name=batch_id) from None
         if batch.status in RUNNING and (asked_at := self.cancelled_at(batch_id)) is not None:
             batch.status, batch.cancelling_at = "cancelling", asked_at
@@ -258,7 +261,7 @@ class BatchStore:
     # --- both
 
     def sweep(self, before_s: float) -> Iterator[None]:
-        """Remove files and ended batches that were created before that time, one at each step."""
+        """Remove files that were created, and batches that have ended, before that time, one at each step."""
         for place in _entries(self._files):
             try:
                 old = self.file(place.name).created_at < before_s
@@ -270,7 +273,7 @@ class BatchStore:
         for place in _entries(self._batches):
             try:
                 batch = self.batch(place.name)
-                old = batch.is_ended and batch.created_at < before_s
+                old = batch.is_ended and (batch.ended_at or batch.created_at) < before_s
             except UnknownId:
                 old = _is_abandoned(place, self.clock())
             if old:

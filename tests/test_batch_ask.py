@@ -87,3 +87,20 @@ def test_what_was_not_asked_is_told_too() -> None:
     line = json.loads(unanswered_line("mine", "batch_req_1", "expired"))
     assert line["response"] is None
     assert line["error"]["code"] == "batch_expired"
+
+
+async def test_an_app_that_waits_for_a_disconnect_hears_of_it() -> None:
+    """As vLLM's handlers do: cancelled themselves, they would leave their work running."""
+    seen: list[str] = []
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        await receive()
+        seen.append((await receive())["type"])
+
+    asked = asyncio.create_task(asking(app)("/v1/completions", b"{}", "r"))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert seen == ["http.disconnect"]

@@ -122,3 +122,13 @@ def test_names_are_equal_as_far_as_blocks_are(head: str, one: str, other: str) -
 
 def test_half_a_character_is_no_reason_to_fail() -> None:
     assert block_names(json.loads('"\\ud800"'))
+
+
+def test_nesting_without_end_is_a_bad_line_and_a_huge_number_is_none() -> None:
+    nested = b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n"
+    (bad,) = [
+        one for one in read_lines(io.BytesIO(nested), "/v1/completions", 10) if isinstance(one, BadLine)
+    ]
+    assert bad.code == "invalid_json_line"
+    (good,) = [one for one in read(line(body={"max_tokens": 10**400})) if isinstance(one, Line)]
+    assert float(good.output_tokens) < 1e9

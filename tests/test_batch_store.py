@@ -178,3 +178,12 @@ def test_a_batch_that_is_removed_is_lost(store: BatchStore) -> None:
     with pytest.raises(ClaimLost):
         claim.renew()
     claim.close()
+
+
+def test_a_state_that_can_t_be_read_is_no_batch_and_harms_no_other(store: BatchStore, tmp_path: Path) -> None:
+    torn, good = new_batch(store), new_batch(store, 1)
+    (state,) = tmp_path.rglob(f"{torn}/state.json")
+    state.write_bytes(b"")
+    with pytest.raises(UnknownId):
+        store.batch(torn)
+    assert [batch.id for batch in store.batches()] == [good]

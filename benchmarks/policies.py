@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--traces", nargs="+", choices=list(TRAFFIC), default=list(TRAFFIC))
     parser.add_argument("--policies", nargs="+", choices=known, default=known)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--order", choices=["arrival", "deadline"], default="arrival", help="of prompts")
+    parser.add_argument("--order", choices=["arrival", "deadline"], default="deadline", help="of prompts")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     if not TRACES.is_dir():

@@ -218,7 +218,7 @@ class ClusterSpec(Frozen):
     policy: str = "goodput"
     slo: SloSpec = Field(default_factory=SloSpec)
     batch: BatchSpec = Field(default_factory=BatchSpec)
-    prefill_order: Literal["arrival", "deadline"] = "arrival"
+    prefill_order: Literal["arrival", "deadline"] = "deadline"
     prefill_queue: Literal["bounded", "open"] = "bounded"
     prefill_batching: Literal["mixed", "by_length"] = "mixed"
     keep_sessions: bool = False

@@ -25,15 +25,11 @@ class _Prompt(NamedTuple):
     Attributes:
         due_s: time by which it shall have it; infinite for none.
         came_s: when it was taken.
-        up_to: tokens of all that were there then, with it.
-        taken: tokens of all that were ever taken, with it.
     """
 
     tokens: int
     due_s: float
     came_s: float
-    up_to: int
-    taken: int
 
 
 class LearningDoorman:
@@ -57,16 +53,18 @@ class LearningDoorman:
         self._batch_tokens = batch_tokens
         self._by_deadline = by_deadline
         self._prompts: dict[str, _Prompt] = {}
+        # Of each: the tokens of those that go before it, and its own.
+        self._up_to: dict[str, int] = {}
         self.tokens = 0
-        self._taken = 0
         # Weighted sums over stretches.
         self._learned_s = self._learned_tokens = 0.0
         self._stretches = 0
         # The stretch under way: since when, and the tokens that it has.
         self._began_s = 0.0
         self._done = 0
-        # When a prompt had its token last, or the first of them came.
+        # When a prompt had its token last, or the first of them came; and the former alone.
         self._since_s = 0.0
+        self._answered_s = 0.0
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -82,9 +80,7 @@ class LearningDoorman:
                 return wait_s
         if not self._prompts:
             self._restart(now_s)
-        self.tokens += offer.tokens
-        self._taken += offer.tokens
-        self._prompts[offer.request_id] = _Prompt(offer.tokens, due_s, now_s, self.tokens, self._taken)
+        self._take(offer.request_id, _Prompt(offer.tokens, due_s, now_s))
         return None
 
     def answered(self, request_ids: Iterable[str], now_s: float) -> None:
@@ -93,12 +89,13 @@ class LearningDoorman:
         for request_id in request_ids:
             if (prompt := self._prompts.pop(request_id, None)) is None:
                 continue
+            del self._up_to[request_id]
             done += prompt.tokens
         if not done:
             return
         self.tokens -= done
         self._done += done
-        self._since_s = now_s
+        self._since_s = self._answered_s = now_s
         # What an iteration leaves half done counts to the next stretch; of two iterations it is little.
         if self._done >= 2 * self._batch_tokens or not self._prompts:
             self._learn(self._done, now_s - self._began_s)
@@ -112,9 +109,20 @@ class LearningDoorman:
             was_first = next(iter(self._prompts)) == request_id
             prompt = self._prompts.pop(request_id)
             self.tokens -= prompt.tokens
-            self._learn_least(prompt, now_s)
+            self._learn_least(prompt, self._up_to.pop(request_id), now_s)
             if was_first:  # how long it was worked on is not known
                 self._restart(now_s)
+
+    def _take(self, request_id: str, prompt: _Prompt) -> None:
+        before = self.tokens
+        if self._by_deadline:
+            before = sum(other.tokens for other in self._prompts.values() if other.due_s <= prompt.due_s)
+            for other_id, other in self._prompts.items():
+                if prompt.due_s < other.due_s:
+                    self._up_to[other_id] += prompt.tokens
+        self._prompts[request_id] = prompt
+        self._up_to[request_id] = before + prompt.tokens
+        self.tokens += prompt.tokens
 
     def _restart(self, now_s: float) -> None:
         self._since_s = self._began_s = now_s
@@ -142,11 +150,21 @@ class LearningDoorman:
         """Under load; 0 before anything was learned."""
         return tokens * self._learned_s / self._learned_tokens if self._learned_tokens else 0.0
 
-    def _learn_least(self, prompt: _Prompt, now_s: float) -> None:
+    def _learn_least(self, prompt: _Prompt, up_to: int, now_s: float) -> None:
         """It has left without a token: so in its time fewer tokens were computed than those ahead of it and
         its own. Where everybody leaves before the end, nothing else teaches how slow it is."""
-        up_to = prompt.up_to + (self._taken - prompt.taken if self._by_deadline else 0)
-        tokens, seconds = max(up_to, self._batch_tokens), now_s - prompt.came_s
+        until_s = now_s
+        if self._by_deadline:
+            # While nobody had a token, not even an iteration was done, whoever is in it.
+            longest = max((other.tokens for other in self._prompts.values()), default=0)
+            self._learn_slow(max(up_to, longest), now_s - max(prompt.came_s, self._answered_s))
+            # Who can't make it any more lets all others go first.
+            until_s = min(now_s, prompt.due_s - self._seconds(prompt.tokens))
+        self._learn_slow(up_to, until_s - prompt.came_s)
+
+    def _learn_slow(self, tokens: int, seconds: float) -> None:
+        """So many, or those of an iteration, took longer than that."""
+        tokens = max(tokens, self._batch_tokens)
         if seconds > self._seconds(tokens):
             self._learn(tokens, seconds)
 

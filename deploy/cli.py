@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.errors import ServingError, SpecError
+from deploy.planner.command import add_plan
 from deploy.profiler.command import add_profile
 from deploy.simulator.command import add_simulate
 from deploy.workload_options import TRACE_HELP, add_workload_options
@@ -33,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_replay(commands)
     add_simulate(commands).set_defaults(run=_simulate)
+    add_plan(commands).set_defaults(run=_plan)
     add_profile(commands)
     _add_model(commands)
     _add_down(commands)
@@ -162,6 +164,12 @@ def _simulate(args: argparse.Namespace) -> int:
     report, trusted = run_simulate(args, say=_say)
     print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
     return EXIT_OK if trusted else EXIT_FAILED
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from deploy.planner.command import run_plan
+
+    return run_plan(args, say=_say)
 
 
 def _model(args: argparse.Namespace) -> int:

@@ -36,6 +36,12 @@ SURFACE = {
         "--html", "--json", "--limit", "--max-model-len", "--max-output", "--rate", "--scenario", "--seed",
         "--slo", "--speedup", "--strict", "--timeline", "--trace", "--unsplit", "spec",
     ],
+    "plan": [
+        "--attainment", "--compare", "--cv", "--gpu", "--gpus-per-node", "--gpus-total", "--html", "--isl",
+        "--jobs", "--json", "--limit", "--max-model-len", "--max-output", "--model", "--node-gbps", "--nodes",
+        "--objective", "--osl", "--output", "--parts", "--pipeline", "--profile", "--rate", "--ray",
+        "--seed", "--slo", "--speedup", "--sweep", "--tpot", "--trace", "--ttft",
+    ],
     "profile": [
         "--hardware", "--kernels", "--max-concurrency", "--max-prompt", "--model", "--out", "--role",
         "--seconds", "--seed", "--shape", "--spec", "--tensor-parallel-size", "--url",

@@ -1,0 +1,230 @@
+"""What an instance could do at most, without queues: by which candidates are ordered, and dropped unseen.
+
+A prefill instance computes prompts back to back. A decode instance holds the largest batch whose iteration
+keeps the bound and whose KV fits; a request takes its part of those iterations. Real goodput is below, but
+for requests that may be refused (a tenth of them, the costly ones first).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import fmean
+
+from cluster.instance import Role
+from cluster.latency import Batch, LatencyModel, load_profile
+from cluster.request import Slo
+from cluster.sim_options import ACTIVATION_BYTES, DEFAULT_KV_TOKENS, GPU_MEMORY_UTILIZATION
+from deploy.planner.deployment import Deployment, Layout
+from deploy.planner.goal import Goal, Infeasible
+from deploy.slo_classes import assign_slo_classes
+from deploy.workload import WorkloadRequest, percentile
+from router.predictor import Predictor
+
+# Requests that stand for the workload in sums.
+SAMPLE = 512
+# vLLM 0.32's default on large GPUs (`max_num_seqs`).
+MOST_DECODES = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Some requests of the workload, each with its SLO."""
+
+    requests: tuple[WorkloadRequest, ...]
+    slos: tuple[Slo, ...]
+
+    @classmethod
+    def of(cls, goal: Goal) -> Sampled:
+        step = max(1, len(goal.requests) // SAMPLE)
+        requests = tuple(goal.requests[::step])
+        classes = assign_slo_classes(requests, goal.classes, Random("0/classes"))
+        return cls(requests=requests, slos=tuple(found.slo for found in classes))
+
+
+class Capacity:
+    """Closed forms for one goal, by layout."""
+
+    def __init__(self, goal: Goal) -> None:
+        self._goal = goal
+        self._sample = Sampled.of(goal)
+        self._context = fmean(r.input_tokens + r.output_tokens / 2 for r in self._sample.requests)
+        self._prefill_s: dict[Layout, float] = {}
+        self._decode_s: dict[Layout, float] = {}
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """That hold the model and one longest request. Raises Infeasible where none does."""
+        goal = self._goal
+        found = tuple(layout for layout in _all_layouts(goal) if self.kv_tokens(layout) >= goal.max_model_len)
+        if not found:
+            assert goal.shape is not None
+            assert goal.hardware is not None
+            need = goal.shape.weight_bytes / 1e9
+            room = goal.hardware.memory_bytes * GPU_MEMORY_UTILIZATION * min(goal.gpus, goal.gpus_per_node)
+            most = min(goal.gpus, goal.gpus_per_node)
+            raise Infeasible(
+                why=f"{goal.shape.name} has {need:,.0f} GB of weights, and an instance of at most "
+                f"{most} {goal.hardware.name} on one node has {room / 1e9:,.0f} GB for them, its "
+                f"activations and the KV of a request of {goal.max_model_len:,} tokens",
+                remedies=("take GPUs with more memory, or a smaller --max-model-len or model",),
+            )
+        return found
+
+    def kv_tokens(self, layout: Layout) -> int:
+        """In the KV cache of an instance; negative where not even the weights fit."""
+        goal = self._goal
+        if goal.shape is None or goal.hardware is None:
+            return DEFAULT_KV_TOKENS
+        left = (
+            goal.hardware.memory_bytes * GPU_MEMORY_UTILIZATION
+            - goal.shape.weight_bytes / layout.gpus
+            - ACTIVATION_BYTES
+        )
+        return int(left / goal.shape.kv_bytes_per_token_and_rank(layout.tensor, layout.pipeline))
+
+    def prefill_rps(self, layout: Layout) -> float:
+        """Prompts that an instance computes in a second."""
+        if layout not in self._prefill_s:
+            predictor = Predictor({Role.PREFILL: self._goal.latency(layout)})
+            self._prefill_s[layout] = fmean(
+                predictor.prefill_s(Role.PREFILL, request.input_tokens)[1]
+                for request in self._sample.requests
+            )
+        return layout.pipeline / self._prefill_s[layout]
+
+    def decode_rps(self, layout: Layout) -> float:
+        """Answers that an instance gives in a second, each token within its bound; 0 for none."""
+        if layout not in self._decode_s:
+            latency = self._goal.latency(layout)
+            memory = self.kv_tokens(layout) / self._context
+            token_s = {
+                slo.tpot_s: self._token_s(latency, slo.tpot_s, memory) for slo in set(self._sample.slos)
+            }
+            self._decode_s[layout] = fmean(
+                request.output_tokens * token_s[slo.tpot_s]
+                for request, slo in zip(self._sample.requests, self._sample.slos, strict=True)
+            )
+        return layout.pipeline / self._decode_s[layout]
+
+    def rps(self, deployment: Deployment) -> float:
+        """Of a whole deployment, each pool at its own work."""
+        decode = self.decode_rps(deployment.decode)
+        if deployment.prefill is None:
+            both_s = 1 / self.prefill_rps(deployment.decode) + 1 / decode
+            return deployment.decode_count / both_s
+        prefill = self.prefill_rps(deployment.prefill)
+        return min(deployment.prefill_count * prefill, deployment.decode_count * decode)
+
+    def most_rps(self, deployment: Deployment) -> float:
+        """Where decode instances compute prompts too, as the router lets them while they have time."""
+        if deployment.prefill is None:
+            return self.rps(deployment)
+        prefill, decode = self.prefill_rps(deployment.prefill), self.decode_rps(deployment.decode)
+        also = self.prefill_rps(deployment.decode)
+        # At r requests/s they have r / decode + (r - those of the prefill pool) / also to do in a second.
+        shared = (deployment.decode_count + deployment.prefill_count * prefill / also) / (
+            1 / also + 1 / decode
+        )
+        return min(shared, deployment.decode_count * decode)
+
+    def require_possible(self, layouts: Iterable[Layout]) -> None:
+        """Raises Infeasible, with the least that the hardware could do, where too few requests can keep their
+        SLO even alone on the fastest layout."""
+        ttft: list[float] = []
+        tpot: list[float] = []
+        latencies = [self._goal.latency(layout) for layout in layouts]
+        kept = 0
+        for request, slo in zip(self._sample.requests, self._sample.slos, strict=True):
+            prompt = request.input_tokens
+            ttft.append(min(one.iteration_s(Batch(prompt, prompt * prompt, 1)) for one in latencies))
+            tpot.append(min(one.iteration_s(Batch(0, 0, 0, 1, prompt)) for one in latencies))
+            kept += ttft[-1] <= slo.ttft_s and (tpot[-1] <= slo.tpot_s or request.output_tokens == 1)
+        target = self._goal.attainment
+        if kept < target * len(ttft):
+            share = 100 * target
+            least = percentile(ttft, share) * 1e3, percentile(tpot, share) * 1e3
+            raise Infeasible(
+                why=f"{kept / len(ttft):.1%} of the requests could keep their SLO if each were alone, and "
+                f"{target:.0%} shall: on this hardware {share:.0f} % of the prompts take up to "
+                f"{least[0]:,.0f} ms, and a token {least[1]:.1f} ms",
+                remedies=("loosen the bounds, take faster GPUs or shorter prompts",),
+            )
+
+    def _token_s(self, latency: LatencyModel, bound_s: float, memory: float) -> float:
+        """Seconds of an instance for one token of a batch as large as the bound and the memory allow."""
+        context = self._context
+        low, high = 1, max(1, min(MOST_DECODES, int(memory)))
+        if latency.iteration_s(Batch(0, 0, 0, 1, int(context))) > bound_s:
+            return latency.iteration_s(Batch(0, 0, 0, 1, int(context)))
+        while low < high:
+            middle = (low + high + 1) // 2
+            if latency.iteration_s(Batch(0, 0, 0, middle, int(middle * context))) <= bound_s:
+                low = middle
+            else:
+                high = middle - 1
+        return latency.iteration_s(Batch(0, 0, 0, low, int(low * context))) / low
+
+
+def _all_layouts(goal: Goal) -> Iterator[Layout]:
+    if goal.profile is not None:
+        profile = load_profile(goal.profile)
+        yield Layout(profile.tensor_parallel_size, profile.pipeline_parallel_size)
+        return
+    assert goal.shape is not None
+    node = min(goal.gpus, goal.gpus_per_node)
+    tensor = 1
+    while tensor <= node:
+        if not goal.shape.heads % tensor:
+            for pipeline in range(1, node // tensor + 1 if goal.pipeline else 2):
+                if not goal.shape.layers % pipeline:
+                    yield Layout(tensor, pipeline)
+        tensor *= 2
+
+
+def splits(capacity: Capacity, layouts: Sequence[Layout], gpus: int) -> list[Deployment]:
+    """The best ratio, by closed form, for every pair of layouts (P/D-Serve, arXiv 2408.08147), the one with
+    the most requests per second and GPU first."""
+    found: list[Deployment] = []
+    for prefill in layouts:
+        for decode in layouts:
+            options = []
+            for count in range(1, (gpus - decode.gpus) // prefill.gpus + 1):
+                decodes = (gpus - count * prefill.gpus) // decode.gpus
+                options.append(
+                    Deployment(prefill=prefill, prefill_count=count, decode=decode, decode_count=decodes)
+                )
+            if options:
+                found.append(max(options, key=capacity.rps))
+    return sorted(found, key=lambda one: (-capacity.rps(one) / one.gpus, one.gpus, str(one)))
+
+
+def unsplits(capacity: Capacity, layouts: Sequence[Layout], gpus: int) -> list[Deployment]:
+    """Without the split, the one that could do most first."""
+    found = [
+        Deployment(prefill=None, prefill_count=0, decode=layout, decode_count=gpus // layout.gpus)
+        for layout in layouts
+        if layout.gpus <= gpus
+    ]
+    return sorted(found, key=lambda one: (-capacity.rps(one) / one.gpus, one.gpus, str(one)))
+
+
+def neighbours(deployment: Deployment, gpus: int) -> list[Deployment]:
+    """With an instance more or less of a phase, as far as the GPUs go."""
+    if deployment.prefill is None:
+        return []
+    found: Counter[Deployment] = Counter()
+    for prefills in range(max(1, deployment.prefill_count - 2), deployment.prefill_count + 3):
+        decodes = (gpus - prefills * deployment.prefill.gpus) // deployment.decode.gpus
+        if decodes > 0:
+            found[
+                Deployment(
+                    prefill=deployment.prefill,
+                    prefill_count=prefills,
+                    decode=deployment.decode,
+                    decode_count=decodes,
+                )
+            ] += 1
+    found.pop(deployment, None)
+    return sorted(found, key=lambda one: (abs(one.prefill_count - deployment.prefill_count), str(one)))

@@ -1,0 +1,181 @@
+"""`pdserve plan`: parses and prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.workload_options import TRACE_HELP, add_workload_options, count_from, workload_from
+
+if TYPE_CHECKING:  # made by every command, most of which plan nothing
+    from deploy.planner.goal import Goal
+
+EXIT_INFEASIBLE = 3
+OBJECTIVES = ("goodput_per_gpu", "min_gpus", "cost", "energy")
+# Of a synthetic workload.
+COUNT = 4000
+
+
+def add_plan(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the command line; returns its parser."""
+    plan: argparse.ArgumentParser = commands.add_parser(
+        "plan", help="which deployment holds an SLO under a workload, by simulating the live code"
+    )
+    plan.add_argument(
+        "--model", required=True, metavar="NAME", help="shape by name (llama-3-70b, ...), or a checkpoint"
+    )
+    where = plan.add_mutually_exclusive_group(required=True)
+    where.add_argument("--gpu", metavar="GPU", help="h100, h200, b200, a100, l40s, ...")
+    where.add_argument(
+        "--profile", metavar="FILE", help="what `pdserve profile` measured; then no GPU is needed"
+    )
+    plan.add_argument("--nodes", type=count_from, default=1, metavar="N", help="default %(default)s")
+    plan.add_argument("--gpus-per-node", type=count_from, default=8, metavar="N", help="default %(default)s")
+    plan.add_argument(
+        "--gpus-total", type=count_from, metavar="G", help="at most so many; instances with --profile"
+    )
+    plan.add_argument("--node-gbps", type=float, metavar="G", help="network between nodes, per GPU")
+    plan.add_argument("--trace", metavar="TRACE", help=TRACE_HELP)
+    plan.add_argument("--isl", type=count_from, metavar="N", help="prompt tokens, without a trace")
+    plan.add_argument("--osl", type=count_from, metavar="N", help="answer tokens, without a trace")
+    plan.add_argument(
+        "--cv", type=float, default=1.0, metavar="X", help="of gaps between arrivals, without a trace"
+    )
+    add_workload_options(plan)
+    plan.add_argument("--ttft", type=float, metavar="MS", help="bound on the time to first token")
+    plan.add_argument("--tpot", type=float, metavar="MS", help="bound on the time per output token")
+    plan.add_argument(
+        "--slo", nargs="+", default=[], metavar="SLO", help="a YAML file of SLO classes, instead"
+    )
+    plan.add_argument("--attainment", type=float, default=0.9, metavar="X", help="default %(default)s")
+    plan.add_argument("--objective", choices=OBJECTIVES, default="goodput_per_gpu")
+    plan.add_argument(
+        "--pipeline", action="store_true", help="also pipeline stages; only twins serve them yet"
+    )
+    plan.add_argument(
+        "--parts", type=count_from, default=3, metavar="N", help="of the workload, for the band"
+    )
+    plan.add_argument("--jobs", type=count_from, default=os.cpu_count() or 1, metavar="N", help="processes")
+    plan.add_argument("--ray", metavar="ADDRESS", help="simulate on a Ray cluster ('auto' or host:port)")
+    plan.add_argument("--compare", action="store_true", help="print every candidate that was simulated")
+    plan.add_argument("--sweep", metavar="WHAT=FROM:TO:STEP", help="rate=1:50:2x, slo_scale=, isl= or gpus=")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write the curves of --sweep as a page")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("-o", "--output", type=Path, metavar="SPEC", help="write the spec")
+    return plan
+
+
+def run_plan(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """Run the command; returns the exit code.
+
+    Raises ValueError, SpecError for input that can't be used.
+    """
+    from deploy.planner.goal import Infeasible
+    from deploy.planner.plan import why_lost
+    from deploy.planner.search import plan
+
+    for path in (args.output, args.html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no directory {path.absolute().parent}")
+    if (args.sweep is None) != (args.html is None):
+        raise ValueError("--sweep and --html go together: the curves are drawn into that page")
+    goal = goal_from(args)
+    try:
+        made = plan(goal, jobs=args.jobs, workers=_on_ray(args.ray, goal), say=say)
+    except Infeasible as error:
+        say(f"pdserve: infeasible: {error.why}")
+        for remedy in error.remedies:
+            say(f"  {remedy}")
+        return EXIT_INFEASIBLE
+    print(json.dumps(made.to_json(), indent=2) if args.json else made.to_text())
+    if args.compare and not args.json:
+        for one in made.others:
+            print(f"{one.deployment!s:<44} {why_lost(one)}")
+        for unseen in made.unseen:
+            print(f"{unseen!s:<44} not simulated: can't be better by what it could do at most")
+    if args.sweep is not None:
+        from deploy.planner.sweep import write_sweep
+
+        write_sweep(goal, made, args.sweep, args.html, jobs=args.jobs, say=say)
+    if args.output is not None:
+        args.output.write_text(made.to_yaml(), encoding="utf-8")
+        say(_next(args))
+    return 0
+
+
+def goal_from(args: argparse.Namespace) -> Goal:
+    """What the command line asks for. Raises ValueError, SpecError."""
+    from cluster.hardware import hardware_named
+    from cluster.model_shape import shape_of
+    from deploy.planner.goal import Goal
+    from deploy.slo_classes import parse_slo
+
+    if not 0 < args.attainment < 1:
+        raise ValueError(f"--attainment is {args.attainment:g}, expected a share between 0 and 1")
+    if args.slo and (args.ttft or args.tpot):
+        raise ValueError("give --slo, or --ttft and --tpot")
+    bounds = [
+        f"{name}:{value:g}" for name, value in (("ttft", args.ttft), ("tpot", args.tpot)) if value is not None
+    ]
+    classes = parse_slo(args.slo or bounds)
+    if not args.slo and not bounds:
+        raise ValueError("without a bound every deployment is good: give --ttft and --tpot, or --slo")
+    if all(one.slo.ttft_s == math.inf for one in classes):
+        raise ValueError(
+            "without a bound on the time to first token any rate is held, by waiting: give --ttft"
+        )
+    requests = _workload(args)
+    hardware = hardware_named(args.gpu) if args.gpu else None
+    longest = max(request.input_tokens + request.output_tokens for request in requests)
+    return Goal(
+        model=args.model,
+        shape=shape_of(args.model) if hardware else None,
+        hardware=hardware,
+        profile=args.profile,
+        gpus=args.gpus_total or args.nodes * args.gpus_per_node,
+        gpus_per_node=args.gpus_per_node,
+        requests=requests,
+        classes=classes,
+        attainment=args.attainment,
+        objective=args.objective,
+        pipeline=args.pipeline,
+        seeds=args.parts,
+        max_model_len=args.max_model_len or -(-longest // 1024) * 1024,
+        node_gbps=args.node_gbps,
+    )
+
+
+def _workload(args: argparse.Namespace) -> list[Any]:
+    if args.trace is None:
+        if args.isl is None or args.osl is None or args.rate is None:
+            raise ValueError("give --trace, or --isl, --osl and --rate")
+        kind = "fixed" if args.cv == 0 else "gamma"
+        cv = "" if args.cv == 0 else f",cv={args.cv:g}"
+        args.trace = f"{kind}:rate={args.rate:g},count={COUNT},input={args.isl},output={args.osl}{cv}"
+    elif args.isl is not None or args.osl is not None:
+        raise ValueError("--isl and --osl say the lengths where there is no --trace")
+    return workload_from(args)
+
+
+def _on_ray(address: str | None, goal: Goal) -> Any:
+    if address is None:
+        return None
+    from deploy.planner.ray_workers import RayWorkers
+
+    return RayWorkers(goal, address)
+
+
+def _next(args: argparse.Namespace) -> str:
+    workload = f"--trace {args.trace}" + (f" --rate {args.rate:g}" if args.rate else "")
+    slo = " ".join(args.slo) or " ".join(
+        f"{name}:{value:g}" for name, value in (("ttft", args.ttft), ("tpot", args.tpot)) if value is not None
+    )
+    return (
+        f"wrote {args.output}. Next:\n  pdserve up {args.output} --model CHECKPOINT\n"
+        f"  pdserve simulate {args.output} {workload} --slo {slo}"
+    )

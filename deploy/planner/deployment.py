@@ -1,0 +1,64 @@
+"""A candidate: how many instances of each phase, each laid out how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Layout(NamedTuple):
+    """Ranks of an instance."""
+
+    tensor: int
+    pipeline: int = 1
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.pipeline
+
+    def __str__(self) -> str:
+        return f"TP{self.tensor}" + (f" PP{self.pipeline}" if self.pipeline > 1 else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """Pools of equal instances; without the split all instances are the decode pool's.
+
+    Attributes:
+        prefill: None without the split; `prefill_count` is 0 then.
+    """
+
+    prefill: Layout | None
+    prefill_count: int
+    decode: Layout
+    decode_count: int
+
+    @property
+    def is_split(self) -> bool:
+        return self.prefill is not None
+
+    @property
+    def prefill_gpus(self) -> int:
+        return self.prefill_count * self.prefill.gpus if self.prefill else 0
+
+    @property
+    def decode_gpus(self) -> int:
+        return self.decode_count * self.decode.gpus
+
+    @property
+    def gpus(self) -> int:
+        return self.prefill_gpus + self.decode_gpus
+
+    def times(self, factor: int) -> Deployment:
+        """So many of it side by side."""
+        return Deployment(
+            prefill=self.prefill,
+            prefill_count=self.prefill_count * factor,
+            decode=self.decode,
+            decode_count=self.decode_count * factor,
+        )
+
+    def __str__(self) -> str:
+        if self.prefill is None:
+            return f"{self.decode_count} x {self.decode} unsplit"
+        return f"{self.prefill_count} x {self.prefill} prefill + {self.decode_count} x {self.decode} decode"

@@ -1,0 +1,61 @@
+"""What a deployment costs: GPUs, money per hour, or power.
+
+Money: Splitwise (ISCA'24, section 6) has $17.6 an hour for a machine of eight A100 and $38 for H100.
+Power: of an A100's 400 W, Llama-2-70B on eight took 0.95 to 1.0 while it computed prompts of 2,048 to 8,192
+tokens, and 0.43 to 0.46 on average over answers (`splitwise/perf_model.csv`, medians). For GPUs of which that
+file has no measurement the same shares are taken of their own limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deploy.planner.deployment import Deployment
+from deploy.planner.goal import Goal
+
+USD_PER_HOUR = {"a100-80gb": 17.6 / 8, "h100-80gb": 38 / 8}
+# The vendor's limit of one GPU, SXM where there is one.
+WATTS = {
+    "a100-80gb": 400.0,
+    "h100-80gb": 700.0,
+    "h200-141gb": 700.0,
+    "b200-192gb": 1000.0,
+    "l40s-48gb": 350.0,
+}
+PREFILL_SHARE, DECODE_SHARE = 0.97, 0.44
+
+
+def usd_per_hour(goal: Goal, deployment: Deployment) -> float | None:
+    """None where the GPU's price is not known."""
+    price = USD_PER_HOUR.get(goal.hardware.name) if goal.hardware else None
+    return None if price is None else price * deployment.gpus
+
+
+def watts(goal: Goal, deployment: Deployment) -> float | None:
+    """While all instances compute; an unsplit instance may compute prompts at any time. None where the GPU's
+    limit is not known."""
+    limit = WATTS.get(goal.hardware.name) if goal.hardware else None
+    if limit is None:
+        return None
+    if not deployment.is_split:
+        return limit * PREFILL_SHARE * deployment.gpus
+    return limit * (PREFILL_SHARE * deployment.prefill_gpus + DECODE_SHARE * deployment.decode_gpus)
+
+
+def price_of(goal: Goal) -> Callable[[Deployment], float]:
+    """What the objective minimises. Raises ValueError where it is not known for the GPU."""
+    if goal.objective == "min_gpus":
+        return lambda one: float(one.gpus)
+    known = usd_per_hour if goal.objective == "cost" else watts
+
+    def price(deployment: Deployment) -> float:
+        found = known(goal, deployment)
+        if found is None:
+            name = goal.hardware.name if goal.hardware else "this machine"
+            table = USD_PER_HOUR if goal.objective == "cost" else WATTS
+            raise ValueError(
+                f"--objective {goal.objective}: not known for {name}, but for {', '.join(table)}"
+            )
+        return found
+
+    return price

@@ -1,0 +1,245 @@
+"""The search: order candidates by what they could do at most, then let the simulator decide.
+
+A candidate is tried at the best rate per GPU that was found so far: most lose by that one run. Those that
+hold it are followed upwards. They are tried in rounds of equal size whatever the number of cores, so that the
+plan does not depend on it. The placements are DistServe's (OSDI'24, algorithm 1), with the pools' ratio in
+closed form as the start (P/D-Serve), and no candidate is judged by a formula alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from deploy.planner.capacity import Capacity, neighbours, splits, unsplits
+from deploy.planner.deployment import Deployment
+from deploy.planner.goal import Goal, Infeasible
+from deploy.planner.plan import Candidate, Plan
+from deploy.planner.price import price_of
+from deploy.planner.relax import relaxations
+from deploy.planner.trial import TOLERANCE, Found, goodput, simulate
+from deploy.planner.workers import Cores, Here, Workers
+
+# Candidates tried side by side against one best.
+ROUND = 4
+# Requests that are refused free more than their number: what closed forms allow is no hard bound.
+BEYOND = 1.35
+# Of the best found, so many are judged by further parts of the workload.
+FINALISTS = 3
+# More GPUs than that are planned for as copies of a part, which is then tried whole.
+PART_GPUS = 64
+
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class _Race:
+    """The goodput of candidates against each other.
+
+    Attributes:
+        found: by candidate, those that held what was asked of them.
+        lost: by candidate, the others, at the rate that they did not hold.
+        unseen: candidates that can't be better by closed form.
+    """
+
+    goal: Goal
+    capacity: Capacity
+    workers: Workers
+    say: Say
+    found: dict[Deployment, Found] = field(default_factory=dict)
+    lost: dict[Deployment, Found] = field(default_factory=dict)
+    unseen: list[Deployment] = field(default_factory=list)
+
+    @property
+    def best(self) -> Found | None:
+        return max(
+            self.found.values(), key=lambda one: (one.per_gpu_rps, -one.trial.deployment.gpus), default=None
+        )
+
+    def run(self, candidates: Sequence[Deployment]) -> None:
+        """Try candidates, the most promising first."""
+        left = [one for one in candidates if one not in self.found and one not in self.lost]
+        while left:
+            best = self.best
+            rate = best.per_gpu_rps * (1 + TOLERANCE) if best else 0.0
+            hopeful = [one for one in left if BEYOND * self.capacity.most_rps(one) / one.gpus >= rate]
+            self.unseen += [one for one in left if one not in hopeful]
+            tried, left = hopeful[:ROUND], hopeful[ROUND:]
+            if not best:  # the first alone says what the others have to hold
+                tried, left = hopeful[:1], hopeful[1:]
+            calls = [(one, 0, 0.6 * self.capacity.rps(one), rate * one.gpus) for one in tried]
+            for one, result in zip(tried, self.workers.map(goodput, calls), strict=True):
+                held = result.rate_rps > 0
+                (self.found if held else self.lost)[one] = result
+                how = f"{result.per_gpu_rps:.3g}/s and GPU" if held else f"less than {rate:.3g}/s and GPU"
+                self.say(f"{one}: {how}")
+
+
+def plan(
+    goal: Goal,
+    *,
+    jobs: int = 1,
+    workers: Workers | None = None,
+    must_hold: bool = True,
+    say: Say = lambda line: None,
+) -> Plan:
+    """Find the deployment for a goal.
+
+    Args:
+        jobs: processes that simulate; the plan is the same for any number.
+        workers: where to simulate instead, say on a Ray cluster.
+        must_hold: whether a plan that does not hold the workload's rate is none.
+        say: told of progress, line by line.
+
+    Raises:
+        Infeasible: no deployment within the GPUs holds the rate, with the nearest relaxations that would.
+        SpecError: what is asked can't be said in a spec.
+    """
+    if workers is not None or jobs <= 1:
+        workers = workers or Here(goal)
+        return _checked(goal, _planned(goal, workers, say), workers if must_hold else None)
+    with Cores(goal, jobs) as cores:
+        return _checked(goal, _planned(goal, cores, say), cores if must_hold else None)
+
+
+def _planned(goal: Goal, workers: Workers, say: Say) -> Plan:
+    capacity = Capacity(goal)
+    layouts = capacity.layouts()
+    capacity.require_possible(layouts)
+    copies = max(1, math.ceil(goal.gpus / PART_GPUS))
+    part = goal.gpus // copies
+    say(f"{goal.describe_workload()}; layouts {', '.join(map(str, layouts))}; {goal.gpus} GPUs")
+    if goal.objective != "goodput_per_gpu":
+        return _cheapest(goal, capacity, workers, say)
+    split = _Race(goal, capacity, workers, say)
+    split.run(splits(capacity, layouts, part))
+    for _ in range(3):
+        if split.best is None:
+            break
+        known = len(split.found) + len(split.lost)
+        split.run(neighbours(split.best.trial.deployment, part))
+        if known == len(split.found) + len(split.lost):
+            break
+    unsplit = _Race(goal, capacity, workers, say)
+    unsplit.run(unsplits(capacity, layouts, part))
+    return _decided(goal, split, unsplit, copies, workers)
+
+
+def _decided(goal: Goal, split: _Race, unsplit: _Race, copies: int, workers: Workers) -> Plan:
+    """Judge the finalists by further parts of the workload, and say why the others lost."""
+    ranked = sorted(
+        [*split.found.values(), *unsplit.found.values()],
+        key=lambda one: (-one.per_gpu_rps, one.trial.deployment.gpus, str(one.trial.deployment)),
+    )
+    if not ranked:
+        raise Infeasible(
+            why="no deployment keeps the SLOs of enough requests at any rate",
+            remedies=("loosen the bounds",),
+        )
+    finalists = ranked[:FINALISTS]
+    for race in (split, unsplit):
+        if race.best is not None and race.best not in finalists:
+            finalists.append(race.best)
+    candidates = _judged(goal, finalists, workers)
+    by_goodput = sorted(
+        candidates, key=lambda one: (-one.per_gpu_rps, one.deployment.gpus, str(one.deployment))
+    )
+    chosen = by_goodput[0]
+    if copies > 1:
+        chosen = _whole(goal, chosen, copies, workers)
+    others = [one for one in by_goodput if one.deployment != by_goodput[0].deployment]
+    lost = sorted([*split.lost.values(), *unsplit.lost.values()], key=lambda one: -one.trial.attainment)
+    others += [Candidate.lost(one) for one in lost]
+    rest = [one for one in ranked if all(one.trial.deployment != c.deployment for c in candidates)]
+    others[len(candidates) - 1 : len(candidates) - 1] = [Candidate.of([one]) for one in rest]
+    return Plan(
+        goal=goal,
+        chosen=chosen,
+        best_unsplit=next((one for one in by_goodput if not one.deployment.is_split), None),
+        best_split=next((one for one in by_goodput if one.deployment.is_split), None),
+        others=tuple(others),
+        unseen=tuple(split.unseen + unsplit.unseen),
+    )
+
+
+def _judged(goal: Goal, finalists: Sequence[Found], workers: Workers) -> list[Candidate]:
+    calls = [
+        (one.trial.deployment, seed, one.rate_rps, 0.0) for one in finalists for seed in range(1, goal.seeds)
+    ]
+    results = workers.map(goodput, calls)
+    each = max(0, goal.seeds - 1)
+    return [
+        Candidate.of([one, *results[number * each : (number + 1) * each]])
+        for number, one in enumerate(finalists)
+    ]
+
+
+def _whole(goal: Goal, part: Candidate, copies: int, workers: Workers) -> Candidate:
+    """The part so many times, tried whole."""
+    deployment = part.deployment.times(copies)
+    calls = [(deployment, seed, rate * copies, rate * copies) for seed, rate in enumerate(part.rates_rps[:1])]
+    tried: list[Found] = workers.map(goodput, calls)
+    if tried[0].rate_rps <= 0:  # a tenth less than its parts, at most, by rounding
+        tried = workers.map(goodput, [(deployment, 0, part.rates_rps[0] * copies * 0.9, 0.0)])
+    return Candidate.of(tried)
+
+
+def _checked(goal: Goal, made: Plan, workers: Workers | None) -> Plan:
+    """Raises Infeasible for a plan that does not hold the rate; without workers it may hold less."""
+    if workers is not None and made.chosen.goodput_rps < goal.rate_rps * (1 - TOLERANCE):
+        held = f"{made.chosen.goodput_rps:.3g} requests/s of {goal.rate_rps:.3g}"
+        raise Infeasible(
+            why=f"{goal.gpus} GPUs hold {held} at best, as {made.chosen.deployment}",
+            remedies=relaxations(goal, made.chosen, workers),
+        )
+    return made
+
+
+def _cheapest(goal: Goal, capacity: Capacity, workers: Workers, say: Say) -> Plan:
+    """The deployment of least GPUs, price or power that holds the rate."""
+    layouts = capacity.layouts()
+    price = price_of(goal)
+    found = {
+        option
+        for gpus in range(1, goal.gpus + 1)
+        for option in (*splits(capacity, layouts, gpus), *unsplits(capacity, layouts, gpus))
+        if option.gpus <= goal.gpus
+        and option.decode_count
+        and BEYOND * capacity.most_rps(option) >= goal.rate_rps
+    }
+    ordered = sorted(found, key=lambda one: (price(one), -capacity.rps(one), str(one)))
+    lost: list[Found] = []
+    for first in range(0, len(ordered), ROUND):
+        tried = ordered[first : first + ROUND]
+        trials = workers.map(simulate, [(one, goal.rate_rps, 0) for one in tried])
+        for one, trial in zip(tried, trials, strict=True):
+            say(f"{one}: {trial.attainment:.1%} at {goal.rate_rps:.3g}/s")
+            if trial.attainment < goal.attainment:
+                lost.append(Found(rate_rps=0.0, trial=trial))
+                continue
+            further = [trial, *workers.map(simulate, [(one, goal.rate_rps, s) for s in range(1, goal.seeds)])]
+            if fmean(t.attainment for t in further) >= goal.attainment:
+                chosen = Candidate.of([Found(rate_rps=goal.rate_rps, trial=t) for t in further])
+                nearest = sorted(lost, key=lambda one: -one.trial.attainment)
+                return Plan(
+                    goal=goal,
+                    chosen=chosen,
+                    best_unsplit=None if one.is_split else chosen,
+                    best_split=chosen if one.is_split else None,
+                    others=tuple(Candidate.lost(other) for other in nearest),
+                    unseen=tuple(ordered[first + ROUND :]),
+                )
+            lost.append(Found(rate_rps=0.0, trial=trial))
+    if not lost:  # not even by closed form: then those that could do most are the nearest
+        every = splits(capacity, layouts, goal.gpus) + unsplits(capacity, layouts, goal.gpus)
+        most = sorted(every, key=lambda one: (-capacity.rps(one), str(one)))[:ROUND]
+        trials = workers.map(simulate, [(one, goal.rate_rps, 0) for one in most])
+        lost += [Found(rate_rps=0.0, trial=trial) for trial in trials]
+    best = max(lost, key=lambda one: one.trial.attainment)
+    said = f"{best.trial.deployment} keeps {best.trial.attainment:.1%}"
+    raise Infeasible(
+        why=f"{goal.gpus} GPUs do not hold {goal.rate_rps:.3g} requests/s at {goal.attainment:.0%}; {said}",
+        remedies=relaxations(goal, Candidate.lost(best), workers),
+    )

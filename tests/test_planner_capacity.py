@@ -1,0 +1,106 @@
+"""What candidates there are, and what they could do at most."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.hardware import hardware_named
+from cluster.model_shape import named_shape
+from cluster.request import Slo
+from deploy.planner.capacity import Capacity, neighbours, splits, unsplits
+from deploy.planner.deployment import Deployment, Layout
+from deploy.planner.goal import Goal, Infeasible
+from deploy.slo_classes import SloClass
+from deploy.workload_grammar import make_workload
+from tests.plans import goal_of
+
+
+def test_layouts_hold_the_weights_and_a_request() -> None:
+    assert Capacity(goal_of(model="llama-3-70b", gpus=8)).layouts() == (Layout(2), Layout(4), Layout(8))
+    assert Layout(1) in Capacity(goal_of()).layouts()
+    # A request of 64k tokens of KV does not fit beside half of the weights.
+    long = goal_of(model="llama-3-70b", gpus=8, max_model_len=65_536)
+    assert Capacity(long).layouts() == (Layout(4), Layout(8))
+
+
+def test_pipeline_stages_only_where_they_are_asked_for() -> None:
+    goal = goal_of(model="opt-66b", gpus=4)
+    assert all(layout.pipeline == 1 for layout in Capacity(goal).layouts())
+    staged = Capacity(replace(goal, pipeline=True)).layouts()
+    assert Layout(1, 4) in staged
+    assert Layout(2, 2) in staged
+
+
+def test_a_model_that_no_node_holds_is_told_with_its_size() -> None:
+    with pytest.raises(Infeasible, match=r"671 GB of weights.*8 h100-80gb on one node has 629 GB"):
+        Capacity(goal_of(model="deepseek-v3", gpus=256)).layouts()
+    assert Capacity(goal_of(model="deepseek-v3", gpus=256, gpu="h200")).layouts() == (Layout(8),)
+
+
+def test_bounds_below_the_floor_of_the_hardware_are_told_with_the_floor() -> None:
+    goal = goal_of(slo=Slo(ttft_s=0.001, tpot_s=0.05))
+    capacity = Capacity(goal)
+    with pytest.raises(Infeasible, match=r"0.0% of the requests could.*up to \d+ ms, and a token \d+\.\d ms"):
+        capacity.require_possible(capacity.layouts())
+    easy = Capacity(goal_of())
+    easy.require_possible(easy.layouts())
+
+
+def test_more_ranks_do_more_and_less_each() -> None:
+    capacity = Capacity(goal_of(model="llama-3-70b", gpus=8))
+    for rps in (capacity.prefill_rps, capacity.decode_rps):
+        assert rps(Layout(4)) < rps(Layout(8)) < 2 * rps(Layout(4)) or rps == capacity.decode_rps
+    # Tighter tokens, smaller batches.
+    tight = Capacity(goal_of(model="llama-3-70b", gpus=8, slo=Slo(ttft_s=1.0, tpot_s=0.02)))
+    assert tight.decode_rps(Layout(8)) < capacity.decode_rps(Layout(8))
+
+
+def test_the_ratio_balances_the_pools() -> None:
+    goal = goal_of(gpus=8)
+    capacity = Capacity(goal)
+    for one in splits(capacity, capacity.layouts(), 8):
+        assert one.prefill is not None
+        assert one.gpus <= 8
+        assert one.prefill_count >= 1
+        assert one.decode_count >= 1
+        for other in neighbours(one, 8):
+            assert capacity.rps(other) <= capacity.rps(one)
+
+
+def test_decode_instances_that_have_time_compute_prompts_too() -> None:
+    """Answers of 8 tokens leave nearly all of it: then a pair does what two prefill instances do."""
+    capacity = Capacity(goal_of(gpus=2))
+    (pair,) = splits(capacity, (Layout(1),), 2)
+    prompts = capacity.prefill_rps(Layout(1))
+    assert capacity.rps(pair) == pytest.approx(prompts)
+    assert 1.9 * prompts < capacity.most_rps(pair) < 2 * prompts
+    # Where the answers are long, they are all that decode instances do.
+    answers = Capacity(goal_of(gpus=2, workload="fixed:rate=8,count=40,input=20,output=2000"))
+    (pair,) = splits(answers, (Layout(1),), 2)
+    assert answers.most_rps(pair) == answers.rps(pair) == answers.decode_rps(Layout(1))
+
+
+def test_unsplit_candidates_need_room_for_one_instance() -> None:
+    capacity = Capacity(goal_of(gpus=4))
+    assert [one.gpus for one in unsplits(capacity, (Layout(2), Layout(8)), 4)] == [4]
+
+
+def test_what_computes_longest_prompts_waits_for_nobody() -> None:
+    """An unsplit instance does both, so it does less of each than a pool's."""
+    capacity = Capacity(goal_of(gpus=2))
+    unsplit = Deployment(prefill=None, prefill_count=0, decode=Layout(1), decode_count=1)
+    assert capacity.rps(unsplit) < min(capacity.prefill_rps(Layout(1)), capacity.decode_rps(Layout(1)))
+
+
+def test_a_profile_says_its_own_layout(tmp_path: object) -> None:
+    goal = Goal(
+        model="llama-3-8b",
+        shape=named_shape("llama-3-8b"),
+        hardware=hardware_named("h100"),
+        gpus=2,
+        requests=make_workload("fixed:rate=2,count=10,input=100,output=10", 0),
+        classes=(SloClass(name="all", slo=Slo(ttft_s=1.0), share=1.0),),
+    )
+    assert goal.rate_rps == pytest.approx(2.0)

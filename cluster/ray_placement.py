@@ -95,7 +95,8 @@ class RayLauncher:
         return RayWorker(actor, group)
 
     async def _place(self, instance_id: str, role: Role) -> Any:
-        bundle = {"CPU": self._spec.pool(role).cpus}
+        pool = self._spec.pool(role)
+        bundle = {"CPU": pool.cpus, **pool.resources}
         if gpus := self._gpus(role):
             bundle["GPU"] = float(gpus)
         # All ranks of an instance on one node: its tensor parallelism needs NVLink.
@@ -106,7 +107,8 @@ class RayLauncher:
         except TimeoutError:
             remove_placement_group(group)
             nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-            has = "; ".join(f"CPU {n.get('CPU', 0):g}, GPU {n.get('GPU', 0):g}" for n in nodes)
+            names = ("CPU", "GPU", *pool.resources)
+            has = "; ".join(", ".join(f"{name} {n.get(name, 0):g}" for name in names) for n in nodes)
             raise StartFailed(
                 detail=f"{instance_id} needs {bundle} on one node, and no node has that free (nodes: {has}); "
                 "add nodes, or lower the pool's count, parallelism or cpus in the spec"

@@ -38,6 +38,8 @@ class PoolSpec(Frozen):
             `cluster.attention`.
         engine_options: any vLLM engine option, over the spec's common ones.
         env: environment variables of the instance's processes.
+        resources: custom Ray resources that an instance takes; it runs on a node that has them, which is how
+            a pool gets its type of GPU.
     """
 
     count: int = Field(default=1, ge=0)
@@ -47,6 +49,7 @@ class PoolSpec(Frozen):
     attention_backend: str | None = None
     engine_options: EngineOptions = Field(default_factory=dict)
     env: dict[str, str] = Field(default_factory=dict)
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
 
     @property
     def ranks(self) -> int:
@@ -63,6 +66,7 @@ class IngressSpec(Frozen):
         server_options: any option of vLLM's OpenAI server, for example `tool_call_parser: hermes`.
         decision_log: file on the ingress' machine that gets a JSON line per decision (`router.decision_log`);
             with several replicas each adds its name to it.
+        resources: custom Ray resources that a replica takes, as of a pool.
     """
 
     replicas: PositiveInt = 1
@@ -71,6 +75,7 @@ class IngressSpec(Frozen):
     cpus: float = Field(default=1.0, ge=0)
     server_options: dict[str, Any] = Field(default_factory=dict)
     decision_log: str | None = Field(default=None, min_length=1)
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
 
 
 class DeadlineSpec(Frozen):

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from cluster.errors import ServingError, SpecError
 from deploy.planner.command import add_plan
 from deploy.profiler.command import add_profile
+from deploy.render.command import add_render
 from deploy.simulator.command import add_simulate
 from deploy.workload_options import TRACE_HELP, add_workload_options
 
@@ -35,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_replay(commands)
     add_simulate(commands).set_defaults(run=_simulate)
     add_plan(commands).set_defaults(run=_plan)
+    add_render(commands).set_defaults(run=_render)
     add_profile(commands)
     _add_model(commands)
     _add_down(commands)
@@ -170,6 +172,12 @@ def _plan(args: argparse.Namespace) -> int:
     from deploy.planner.command import run_plan
 
     return run_plan(args, say=_say)
+
+
+def _render(args: argparse.Namespace) -> int:
+    from deploy.render.command import run_render
+
+    return run_render(args, say=_say)
 
 
 def _model(args: argparse.Namespace) -> int:

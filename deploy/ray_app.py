@@ -159,7 +159,7 @@ def application(spec: ClusterSpec) -> Any:
         num_replicas=spec.ingress.replicas,
         # Admission is the router's work; Serve must not queue in front of it.
         max_ongoing_requests=1_000_000,
-        ray_actor_options={"num_cpus": spec.ingress.cpus},
+        ray_actor_options={"num_cpus": spec.ingress.cpus, "resources": dict(spec.ingress.resources)},
         # Ray 2.60 keeps every record of its access log in memory: 3 KB a request, for ever.
         logging_config={"enable_access_log": False},
         graceful_shutdown_timeout_s=spec.deadlines.drain_s + 10.0,

@@ -16,6 +16,8 @@ from deploy.controller import Controller
 from prefill_worker.ray_actor import PrefillActor
 
 NAMESPACE = "pdserve"
+# Every Ray head has one.
+HEAD_NODE_RESOURCE_NAME = "node:__internal_head__"
 
 
 def controller_name(spec: ClusterSpec) -> str:
@@ -71,6 +73,8 @@ def get_or_create_controller(spec: ClusterSpec) -> Any:
             get_if_exists=True,
             lifetime="detached",
             num_cpus=0,
+            # Beside Ray's own head and not on a node that may go: instances end with their controller.
+            resources={HEAD_NODE_RESOURCE_NAME: 0.001},
             max_restarts=-1,
             max_concurrency=1000,
         )

@@ -42,6 +42,10 @@ SURFACE = {
         "--objective", "--osl", "--output", "--parts", "--pipeline", "--profile", "--rate", "--ray",
         "--seed", "--slo", "--speedup", "--sweep", "--tpot", "--trace", "--ttft",
     ],
+    "render": [
+        "--cpus-per-gpu", "--image", "--memory-per-gpu", "--model", "--namespace", "--node-selector",
+        "--output", "--pvc", "--rdma", "--secret", "kind", "spec",
+    ],
     "profile": [
         "--hardware", "--kernels", "--max-concurrency", "--max-prompt", "--model", "--out", "--role",
         "--seconds", "--seed", "--shape", "--spec", "--tensor-parallel-size", "--url",

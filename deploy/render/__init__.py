@@ -1,0 +1,1 @@
+"""What others run a spec with: a Ray Serve config, a KubeRay manifest."""

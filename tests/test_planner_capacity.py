@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from cluster.hardware import hardware_named
-from cluster.model_shape import named_shape
+from cluster.instance import Role
 from cluster.request import Slo
 from deploy.planner.capacity import Capacity, neighbours, splits, unsplits
 from deploy.planner.deployment import Deployment, Layout
-from deploy.planner.goal import Goal, Infeasible
-from deploy.slo_classes import SloClass
-from deploy.workload_grammar import make_workload
+from deploy.planner.goal import Infeasible
+from deploy.planner.trial import spec_of
 from tests.plans import goal_of
+from tests.test_latency import make_profile
 
 
 def test_layouts_hold_the_weights_and_a_request() -> None:
@@ -94,13 +94,18 @@ def test_what_computes_longest_prompts_waits_for_nobody() -> None:
     assert capacity.rps(unsplit) < min(capacity.prefill_rps(Layout(1)), capacity.decode_rps(Layout(1)))
 
 
-def test_a_profile_says_its_own_layout(tmp_path: object) -> None:
-    goal = Goal(
-        model="llama-3-8b",
-        shape=named_shape("llama-3-8b"),
-        hardware=hardware_named("h100"),
-        gpus=2,
-        requests=make_workload("fixed:rate=2,count=10,input=100,output=10", 0),
-        classes=(SloClass(name="all", slo=Slo(ttft_s=1.0), share=1.0),),
-    )
-    assert goal.rate_rps == pytest.approx(2.0)
+def test_profiles_are_the_layouts_that_there_are(tmp_path: Path) -> None:
+    files = {layout: str(tmp_path / f"{layout}.json") for layout in (Layout(1), Layout(4))}
+    for layout, file in files.items():
+        profile = make_profile().model_copy(update={"tensor_parallel_size": layout.tensor})
+        Path(file).write_text(profile.model_dump_json())
+    goal = replace(goal_of(gpus=8, workload="fixed:rate=2,count=10,input=100,output=10"), profiles=files)
+    capacity = Capacity(goal)
+    assert capacity.layouts() == (Layout(1), Layout(4))
+    assert Capacity(replace(goal, gpus=3)).layouts() == (Layout(1),)
+    # Equal times in both files, whatever the hardware could do.
+    assert capacity.prefill_rps(Layout(1)) == pytest.approx(capacity.prefill_rps(Layout(4)))
+    both = Deployment(prefill=Layout(4), prefill_count=1, decode=Layout(1), decode_count=2)
+    assert spec_of(goal, both).sim.profile == {Role.PREFILL: files[Layout(4)], Role.DECODE: files[Layout(1)]}
+    one = Deployment(prefill=None, prefill_count=0, decode=Layout(4), decode_count=2)
+    assert spec_of(goal, one).sim.profile == files[Layout(4)]

@@ -14,7 +14,7 @@ from random import Random
 from statistics import fmean
 
 from cluster.instance import Role
-from cluster.latency import Batch, LatencyModel, load_profile
+from cluster.latency import Batch, LatencyModel
 from cluster.request import Slo
 from cluster.sim_options import ACTIVATION_BYTES, DEFAULT_KV_TOKENS, GPU_MEMORY_UTILIZATION
 from deploy.planner.deployment import Deployment, Layout
@@ -168,9 +168,8 @@ class Capacity:
 
 
 def _all_layouts(goal: Goal) -> Iterator[Layout]:
-    if goal.profile is not None:
-        profile = load_profile(goal.profile)
-        yield Layout(profile.tensor_parallel_size, profile.pipeline_parallel_size)
+    if goal.profiles:
+        yield from sorted(layout for layout in goal.profiles if layout.gpus <= goal.gpus)
         return
     assert goal.shape is not None
     node = min(goal.gpus, goal.gpus_per_node)

@@ -6,13 +6,14 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.workload_options import TRACE_HELP, add_workload_options, count_from, workload_from
 
 if TYPE_CHECKING:  # made by every command, most of which plan nothing
+    from deploy.planner.deployment import Layout
     from deploy.planner.goal import Goal
 
 EXIT_INFEASIBLE = 3
@@ -29,15 +30,18 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     plan.add_argument(
         "--model", required=True, metavar="NAME", help="shape by name (llama-3-70b, ...), or a checkpoint"
     )
-    where = plan.add_mutually_exclusive_group(required=True)
-    where.add_argument("--gpu", metavar="GPU", help="h100, h200, b200, a100, l40s, ...")
-    where.add_argument(
-        "--profile", metavar="FILE", help="what `pdserve profile` measured; then no GPU is needed"
+    plan.add_argument("--gpu", metavar="GPU", help="h100, h200, b200, a100, l40s, ...")
+    plan.add_argument(
+        "--profile",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="what `pdserve profile` measured, one for each layout; with --gpu that says memory and price",
     )
     plan.add_argument("--nodes", type=count_from, default=1, metavar="N", help="default %(default)s")
     plan.add_argument("--gpus-per-node", type=count_from, default=8, metavar="N", help="default %(default)s")
     plan.add_argument(
-        "--gpus-total", type=count_from, metavar="G", help="at most so many; instances with --profile"
+        "--gpus-total", type=count_from, metavar="G", help="at most so many; of CPU engines, so many ranks"
     )
     plan.add_argument("--node-gbps", type=float, metavar="G", help="network between nodes, per GPU")
     plan.add_argument("--trace", metavar="TRACE", help=TRACE_HELP)
@@ -117,6 +121,8 @@ def goal_from(args: argparse.Namespace) -> Goal:
 
     if not 0 < args.attainment < 1:
         raise ValueError(f"--attainment is {args.attainment:g}, expected a share between 0 and 1")
+    if not args.gpu and not args.profile:
+        raise ValueError("give --gpu, or --profile with what `pdserve profile` measured")
     if args.slo and (args.ttft or args.tpot):
         raise ValueError("give --slo, or --ttft and --tpot")
     bounds = [
@@ -136,7 +142,7 @@ def goal_from(args: argparse.Namespace) -> Goal:
         model=args.model,
         shape=shape_of(args.model) if hardware else None,
         hardware=hardware,
-        profile=args.profile,
+        profiles=_profiles(args.profile),
         gpus=args.gpus_total or args.nodes * args.gpus_per_node,
         gpus_per_node=args.gpus_per_node,
         requests=requests,
@@ -148,6 +154,20 @@ def goal_from(args: argparse.Namespace) -> Goal:
         max_model_len=args.max_model_len or -(-longest // 1024) * 1024,
         node_gbps=args.node_gbps,
     )
+
+
+def _profiles(files: Sequence[str]) -> dict[Layout, str]:
+    from cluster.latency import load_profile
+    from deploy.planner.deployment import Layout
+
+    found: dict[Layout, str] = {}
+    for file in files:
+        profile = load_profile(file)
+        layout = Layout(profile.tensor_parallel_size, profile.pipeline_parallel_size)
+        if layout in found:
+            raise ValueError(f"--profile: {found[layout]} and {file} are both of {layout}")
+        found[layout] = file
+    return found
 
 
 def _workload(args: argparse.Namespace) -> list[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Literal
 
@@ -38,16 +38,16 @@ class Goal:
 
     Attributes:
         model: as the spec shall name it.
-        shape: None where a profile says all.
-        hardware: of every GPU; None with a profile of a CPU engine.
-        profile: file that `pdserve profile` wrote, instead of the roofline.
-        gpus: at most so many; with a profile of one CPU rank, so many instances.
+        shape: None where profiles say all.
+        hardware: of every GPU; None with profiles of CPU engines.
+        profiles: files that `pdserve profile` wrote, by the layout that they were measured with, instead of
+            the roofline; then these are the layouts that there are.
+        gpus: at most so many; without hardware, so many ranks.
         gpus_per_node: an instance has all of its GPUs on one node.
         requests: the workload, at the rate that must be held.
         classes: SLO classes; each request is in one of them.
         attainment: share of the requests that shall keep both bounds, 0 to 1.
         pipeline: whether layouts with pipeline stages may be chosen, which only twins can serve yet.
-        max_watts_per_gpu: a cap on the power of each GPU; None for none.
         seeds: parts of the workload that a figure is the mean of.
         max_model_len: of the engines.
         node_gbps: network between nodes, per GPU and direction; None for the hardware's.
@@ -60,7 +60,7 @@ class Goal:
     requests: Sequence[WorkloadRequest]
     classes: tuple[SloClass, ...]
     gpus_per_node: int = 8
-    profile: str | None = None
+    profiles: Mapping[Layout, str] = field(default_factory=dict)
     attainment: float = 0.9
     objective: Objective = "goodput_per_gpu"
     pipeline: bool = False
@@ -75,8 +75,8 @@ class Goal:
 
     def latency(self, layout: Layout) -> LatencyModel:
         """Iteration times of an instance."""
-        if self.profile is not None:
-            return ProfiledLatency(load_profile(self.profile))
+        if self.profiles:
+            return ProfiledLatency(load_profile(self.profiles[layout]))
         assert self.shape is not None
         assert self.hardware is not None
         return RooflineLatency(self.shape, self.hardware, layout.tensor, layout.pipeline)

@@ -74,8 +74,9 @@ class Found:
 def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
     """The deployment as a spec's keys."""
     sim: dict[str, Any] = {}
-    if goal.profile is not None:
-        sim["profile"] = goal.profile
+    if goal.profiles:
+        files = [goal.profiles[deployment.prefill or deployment.decode], goal.profiles[deployment.decode]]
+        sim["profile"] = files[0] if files[0] == files[1] else dict(zip(map(str, Role), files, strict=True))
     if goal.hardware is not None:
         sim["hardware"] = goal.hardware.name
     if goal.shape is not None and goal.shape.name != goal.model:

@@ -45,6 +45,11 @@ class Engine(Protocol):
         """Free the blocks kept for a reader that will not come; unknown ids are no error."""
         ...
 
+    def hand_over(self, request_ids: list[str]) -> None:
+        """End these running requests at their next token, by their length, and keep their blocks for a
+        reader. Those that are unknown, do not run, or would end by then anyway are left as they are."""
+        ...
+
     async def call(self, method: str, args: list[Any]) -> Any:
         """Call an engine method that is no request."""
         ...

@@ -132,6 +132,8 @@ class EngineHost:
                 self._forget(request_ids)
             case wire.RELEASE:
                 self._engine.release(msgspec.msgpack.decode(frames[0], type=list[str]))
+            case wire.HAND_OVER:
+                self._engine.hand_over(msgspec.msgpack.decode(frames[0], type=list[str]))
             case wire.CALL:
                 call = msgspec.msgpack.decode(frames[0], type=wire.Call)
                 task = asyncio.create_task(self._call(ingress, call))

@@ -22,6 +22,18 @@ class IngressMetrics:
             ["cause", "stage"],
             registry=registry,
         )
+        self.migrations = Counter(
+            "pdserve_migrations",
+            "Running requests that were told to go on at another instance, their KV handed over",
+            ["cause"],
+            registry=registry,
+        )
+        self.migration_stall_seconds = Histogram(
+            "pdserve_migration_stall_seconds",
+            "From the last token of one decode instance to the first of the next",
+            buckets=_STAGE_BUCKETS_S,
+            registry=registry,
+        )
         self.refusals = Counter(
             "pdserve_refusals",
             "Requests that an instance was too busy to take, and that were offered elsewhere",

@@ -43,6 +43,13 @@ class DecodeGroup:
         self._joins += 1
         heapq.heappush(self._ends, (sequence.end_step, self._joins, sequence))
 
+    def end_at(self, sequence: Sequence, limit: int) -> None:
+        """A member, whose counts are up to date, shall end with so many tokens."""
+        sequence.limit = limit
+        sequence.end_step = self.step + limit - sequence.generated
+        self._joins += 1
+        heapq.heappush(self._ends, (sequence.end_step, self._joins, sequence))
+
     def leave(self, sequence: Sequence) -> None:
         """A request goes, ended or not; its counts and its blocks are brought up to date."""
         del self.members[sequence.request_id]

@@ -298,6 +298,12 @@ class SimEngine:
         if any(freed):
             self._has_changed()
 
+    def hand_over(self, request_ids: list[str]) -> None:
+        self._catch_up(asyncio.get_running_loop().time())
+        changed = [self._scheduler.hand_over(request_id) for request_id in request_ids]
+        if any(changed):
+            self._has_changed()
+
     async def call(self, method: str, args: list[Any]) -> Any:
         if method == "add_lora":
             name = args[0][0]
@@ -603,14 +609,15 @@ class SimEngine:
         """The handle of an ended request's blocks; their lease begins."""
         if sequence.keeps:
             self.lease_again(sequence.request_id)
+        is_prompt = sequence.generated == 1
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "remote_block_ids": [[0]],
             "remote_request_id": sequence.request_id,
-            "remote_num_tokens": len(sequence.tokens),
-            # For a reader that was sent the chunks as they were finished.
-            "chunks_s": max(0.0, sequence.told_s - sequence.first_chunk_s),
+            "remote_num_tokens": sequence.computed,
+            # For a reader that was sent the chunks of a prompt as they were finished.
+            "chunks_s": max(0.0, sequence.told_s - sequence.first_chunk_s) if is_prompt else 0.0,
             "last_chunk_share": min(1.0, sequence.last_chunk_tokens / len(sequence.tokens)),
             **({} if self._exchange is None else self._exchange.address()),
         }

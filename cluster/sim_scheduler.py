@@ -239,6 +239,20 @@ class Scheduler:
         self._is_full = False
         return True
 
+    def hand_over(self, request_id: str) -> bool:
+        """Let a request that decodes end at its next token, its blocks kept for a reader; False when it does
+        not decode, or will have ended by then anyway."""
+        sequence = self._members.get(request_id)
+        group = self.groups[sequence.lane] if sequence is not None else None
+        if sequence is None or group is None or group.members.get(request_id) is not sequence:
+            return False
+        group.bring_up(sequence)
+        if sequence.generated + 1 >= sequence.limit:
+            return False
+        sequence.keeps = sequence.hands_over = True
+        group.end_at(sequence, sequence.generated + 1)
+        return True
+
     def loaded(self, sequence: Sequence, *, arrived: bool) -> None:
         """The KV of a loading request is there; or it will not come, and must be computed."""
         del self.loading[sequence.request_id]

@@ -201,6 +201,9 @@ class ClusterSpec(Frozen):
             each other and not with chunks of long ones, for which they wait a few milliseconds (`by_length`).
         keep_sessions: whether prefill instances keep the KV of a session's prompt from being evicted for as
             long as it is worth it, for the session's next turn; for policies that predict times.
+        rebalance: when a running request goes on at another decode instance, its KV handed over: where its
+            own runs out of `memory`, or also where it misses TPOT bounds that another would keep (`all`); for
+            policies that predict times. Those of an instance that drains always do.
         decode_admission: when a request is let into the memory of a decode instance: when there are
             `free_blocks` for it now, or when it fits at the `predicted_peak` of all that are there.
     """
@@ -227,6 +230,7 @@ class ClusterSpec(Frozen):
     prefill_queue: Literal["bounded", "open"] = "bounded"
     prefill_batching: Literal["mixed", "by_length"] = "mixed"
     keep_sessions: bool = False
+    rebalance: Literal["off", "memory", "all"] = "memory"
     decode_admission: Literal["free_blocks", "predicted_peak"] = "free_blocks"
 
     @model_validator(mode="after")

@@ -58,6 +58,7 @@ _HOME = {
     "NixlPullConnectorWorker": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker",
     "NixlConnectorMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata",
     "KVConnectorRole": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "RequestStatus": "vllm.v1.request",
 }
 
 _checked = False

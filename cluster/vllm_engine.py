@@ -16,7 +16,7 @@ from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint
 from cluster.vllm_kv_events import VllmKvEvents
 from cluster.vllm_options import engine_config
-from cluster.wire import RELEASE_PARAM, Blocks, Load
+from cluster.wire import HAND_OVER_PARAM, RELEASE_PARAM, Blocks, Load
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +62,14 @@ def _kv_bytes_per_token(model: Any, kv_dtype: str) -> int:
     return int(2 * layers * model.get_total_num_kv_heads() * model.get_head_size() * element_bytes)
 
 
-def release_request(request_ids: list[str]) -> Any:
-    """A request that tells the connector to release blocks, and that the engine aborts at once."""
+def connector_message(param: str, request_ids: list[str]) -> Any:
+    """A request that tells the connector something of others, and that the engine aborts at once."""
     return vllm_api.EngineCoreRequest(
-        request_id=f"release-{request_ids[0]}-{time.monotonic_ns()}",
+        request_id=f"{param}-{request_ids[0]}-{time.monotonic_ns()}",
         prompt_token_ids=[0],
         mm_features=None,
         sampling_params=vllm_api.SamplingParams(
-            max_tokens=1, extra_args={"kv_transfer_params": {RELEASE_PARAM: request_ids}}
+            max_tokens=1, extra_args={"kv_transfer_params": {param: request_ids}}
         ),
         pooling_params=None,
         arrival_time=time.time(),
@@ -108,6 +108,15 @@ class VllmEngine:
                 weight_version=outputs.weight_version,
             )
         )
+
+    def release(self, request_ids: list[str]) -> None:
+        self._tell_connector(RELEASE_PARAM, request_ids)
+
+    def hand_over(self, request_ids: list[str]) -> None:
+        self._tell_connector(HAND_OVER_PARAM, request_ids)
+
+    def _tell_connector(self, param: str, request_ids: list[str]) -> None:
+        raise NotImplementedError
 
     async def block_changes(self) -> Blocks:
         return await self._events.changes()
@@ -173,9 +182,9 @@ class ThreadEngine(VllmEngine):
     def abort(self, request_ids: list[str]) -> None:
         self._inbox.put(lambda core: core.abort_requests(request_ids))
 
-    def release(self, request_ids: list[str]) -> None:
-        request = release_request(request_ids)
-        self._inbox.put(lambda core: self._accept(core, request))
+    def _tell_connector(self, param: str, request_ids: list[str]) -> None:
+        message = connector_message(param, request_ids)
+        self._inbox.put(lambda core: self._accept(core, message))
 
     async def call(self, method: str, args: list[Any]) -> Any:
         loop = asyncio.get_running_loop()
@@ -288,8 +297,8 @@ class ProcessEngine(VllmEngine):
     def abort(self, request_ids: list[str]) -> None:
         self._send(self._client.abort_requests_async(request_ids))
 
-    def release(self, request_ids: list[str]) -> None:
-        self._send(self._client.add_request_async(release_request(request_ids)))
+    def _tell_connector(self, param: str, request_ids: list[str]) -> None:
+        self._send(self._client.add_request_async(connector_message(param, request_ids)))
 
     async def call(self, method: str, args: list[Any]) -> Any:
         return await self._client.call_utility_async(method, *args)

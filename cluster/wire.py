@@ -14,13 +14,14 @@ from typing import Any, Final
 
 import msgspec
 
-WIRE_VERSION: Final = 3
+WIRE_VERSION: Final = 4
 
 # ingress -> instance
 HELLO: Final = b"H"  # header Hello
 ADD: Final = b"A"  # header Offer, then the encoded request
 ABORT: Final = b"X"  # header list[str]: request ids
 RELEASE: Final = b"R"  # header list[str]: request ids whose blocks nobody will read
+HAND_OVER: Final = b"M"  # header list[str]: requests that shall go on elsewhere
 CALL: Final = b"U"  # header Call
 BYE: Final = b"B"  # the ingress leaves: abort all it has here
 # instance -> ingress
@@ -35,6 +36,8 @@ FATAL: Final = b"F"  # header str: the engine died of this
 
 # Key of `kv_transfer_params` in a request that only tells an engine's connector to release these request ids.
 RELEASE_PARAM: Final = "pdserve_release"
+# And in one that tells it to end these at their next token, and to keep their blocks for a reader.
+HAND_OVER_PARAM: Final = "pdserve_hand_over"
 
 # Key of a request's `extra_args`: seconds until its first token is due.
 DUE_PARAM: Final = "pdserve_due_in_s"

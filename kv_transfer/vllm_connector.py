@@ -5,6 +5,7 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
 - a reader asks for what the source really holds, all of its prompt but the last token, so a prompt that
   carries tokens generated elsewhere can be handed over at any length;
 - blocks that nobody will read are released at once, by id, instead of when their lease ends;
+- a request that decodes ends at its next token when it is told to, and its blocks wait for another engine;
 - the progress thread of NIXL sleeps between polls (`nixl_progress`);
 - on CPUs the thread that computes the model stays where it was, and is not bound to the machine's last core;
 - the engine's processes end with the process that started them (`orphan`);
@@ -18,8 +19,9 @@ from typing import Any
 
 from cluster import vllm_api
 from cluster.errors import EnvironmentProblem
+from cluster.handle import keep_for_reader
 from cluster.vllm_cpu_lora import skip_tokens_without_adapter
-from cluster.wire import RELEASE_PARAM
+from cluster.wire import HAND_OVER_PARAM, RELEASE_PARAM
 from kv_transfer.nixl_progress import calm_progress_thread
 from kv_transfer.orphan import end_with_parent
 
@@ -28,6 +30,7 @@ NixlPullConnectorScheduler: Any = vllm_api.NixlPullConnectorScheduler
 NixlPullConnectorWorker: Any = vllm_api.NixlPullConnectorWorker
 NixlConnectorMetadata: Any = vllm_api.NixlConnectorMetadata
 KVConnectorRole: Any = vllm_api.KVConnectorRole
+RequestStatus: Any = vllm_api.RequestStatus
 
 
 class PdMetadata(NixlConnectorMetadata):  # type: ignore[misc]
@@ -50,13 +53,35 @@ class PdScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
                 remedy="serve it with plain vLLM",
             )
         self._released: set[str] = set()
+        self._requests: dict[str, Any] = {}
 
     def on_new_request(self, request: Any) -> None:
-        """A request that carries ids to release is aborted by the engine in the same call."""
+        """A request that carries ids of others is aborted by the engine in the same call."""
         super().on_new_request(request)
-        params = request.kv_transfer_params
-        if params and (released := params.get(RELEASE_PARAM)):
-            self._released.update(released)
+        self._requests[request.request_id] = request
+        params = request.kv_transfer_params or {}
+        self._released.update(params.get(RELEASE_PARAM, ()))
+        for request_id in params.get(HAND_OVER_PARAM, ()):
+            if (running := self._requests.get(request_id)) is not None:
+                self._hand_over(running)
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        self._requests.pop(request.request_id, None)
+        finished: tuple[bool, dict[str, Any] | None] = super().request_finished(request, block_ids)
+        return finished
+
+    def _hand_over(self, request: Any) -> None:
+        """Let a request that decodes end by its length at its next token, as a prefill does at its first, so
+        that its blocks are kept and its end says how to read them."""
+        # With asynchronous scheduling tokens are under way already.
+        limit = request.num_output_tokens + request.num_output_placeholders + 1
+        decodes = request.status == RequestStatus.RUNNING and request.num_output_tokens > 0
+        longest = self.vllm_config.model_config.max_model_len - request.num_prompt_tokens
+        if not decodes or limit >= min(request.max_tokens, longest):
+            return
+        request.max_tokens = limit
+        request.kv_transfer_params = keep_for_reader()
+        self._reqs_in_batch.add(request.request_id)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         params = request.kv_transfer_params

@@ -5,6 +5,8 @@ Made with the decision, so that the next decision sees it; given back in parts, 
 
 from __future__ import annotations
 
+from typing import Any
+
 from cluster.adapter_slots import AdapterHold
 from cluster.instance import Role
 from cluster.request import ServeRequest
@@ -17,15 +19,18 @@ class Claim:
     """Room on the instances of a decision."""
 
     __slots__ = (
+        "_adapter",
         "_adapters",
         "_batch",
         "_decision",
         "_decode",
+        "_fleet",
         "_holds",
         "_name",
         "_predictor",
         "_prefill",
         "_since_s",
+        "_slo",
         "_tokens",
     )
 
@@ -46,6 +51,7 @@ class Claim:
             tokens: prompt of the attempt.
             predictor: told how long things took.
         """
+        self._fleet: Fleet[Any] = fleet
         places = (decision.prefill, decision.decode) if lone is None else (lone,)
         self._holds = [fleet.reservations.hold(instance_id, tokens) for instance_id in places]
         self._adapters: list[AdapterHold | None] = []
@@ -54,6 +60,8 @@ class Claim:
             self._adapters = [view.adapters.hold(request.adapter) if view else None for view in views]
         self._decision = decision
         self._name = request.request_id
+        self._slo = request.slo
+        self._adapter = request.adapter
         self._since_s = now_s
         self._tokens = tokens
         self._predictor = predictor
@@ -94,6 +102,24 @@ class Claim:
             # Others came and went while it decoded: halfway between its first and its last batch.
             requests = (self._batch + len(self._decode.decodes) + 1) // 2
             self._predictor.decoded(self._decode.info.role, requests, seconds / tokens)
+
+    def moved(self, instance_id: str, tokens: int, generated: int) -> None:
+        """It decodes at another instance from now on, with so many tokens, `generated` of them by itself."""
+        self._holds[-1].release()
+        self._holds[-1] = self._fleet.reservations.hold(instance_id, tokens)
+        view = self._fleet.view_of(instance_id)
+        if self._adapters:
+            if (adapter := self._adapters[-1]) is not None:
+                adapter.release()
+            self._adapters[-1] = view.adapters.hold(self._adapter) if view else None
+        if self._decode is not None:
+            self._decode.decodes.remove(self._name)
+        predicted = self._decision.predicted
+        self._decode = view if predicted is not None else None
+        if self._decode is not None and predicted is not None:
+            left = max(1, predicted.output_tokens - generated)
+            self._decode.decodes.add(self._name, tokens, left, self._slo.tpot_s)
+            self._batch = len(self._decode.decodes)
 
     def close(self, now_s: float) -> None:
         """Give back what is left; any number of times."""

@@ -36,6 +36,15 @@ class Choice(msgspec.Struct, kw_only=True, omit_defaults=True):
     output_tokens: int | None = None
 
 
+class Moved(msgspec.Struct, kw_only=True):
+    """It was told to go on at another decode instance; seconds since it came, and why."""
+
+    after_s: float
+    source: str
+    target: str
+    cause: str
+
+
 class Outcome(msgspec.Struct, kw_only=True):
     """How a request ended.
 
@@ -70,6 +79,7 @@ class Explanation(msgspec.Struct, kw_only=True):
     ttft_bound_s: float | None
     tpot_bound_s: float | None
     choices: list[Choice]
+    moves: list[Moved] = []
     outcome: Outcome | None = None
 
 
@@ -104,6 +114,14 @@ class Decisions:
                 self._forget_oldest()
         explanation, since_s = known
         explanation.choices.append(_choice(decision, now_s - since_s))
+
+    def moved(self, request_id: str, source: str, target: str, cause: str, now_s: float) -> None:
+        """A running request shall go on elsewhere."""
+        if (known := self._known.get(request_id)) is not None:
+            explanation, since_s = known
+            explanation.moves.append(
+                Moved(after_s=now_s - since_s, source=source, target=target, cause=cause)
+            )
 
     def ended(self, request: ServeRequest, timeline: Timeline, output_tokens: int, ended: str) -> None:
         """A request is over, when its timeline says; one of which nothing was decided is not known."""
@@ -213,6 +231,9 @@ def explanation_text(found: dict[str, Any]) -> str:
         if choice.get("scores"):
             scores = ", ".join(f"{name} {score:.4g}" for name, score in choice["scores"].items())
             lines.append(f"  weighed: {scores}")
+    for move in found.get("moves", ()):
+        where = f"from {move['source']} to {move['target']}"
+        lines.append(f"  after {move['after_s']:.2f} s: goes on {where} ({move['cause']})")
     lines.append(f"  {_outcome_text(found)}")
     return "\n".join(lines)
 

@@ -48,7 +48,8 @@ class Hop:
         swallow: output tokens that the client has already, generated again here (replay).
         deliver: whether its tokens go to the client.
         source: the prefill hop whose blocks it reads.
-        handle: the blocks it kept, when it was a prefill and has ended.
+        hands_over: whether its engine was told to keep its blocks for another: always of a prefill.
+        handle: the blocks it kept, when it has ended and its engine did.
         is_first: whether the client had nothing of this request when the hop began.
         is_last: whether its last output ended the request.
         engine_ended: whether the engine said it ended; one that timed out may still be running there.
@@ -68,6 +69,7 @@ class Hop:
         "engine_ended",
         "generated",
         "handle",
+        "hands_over",
         "has_ended",
         "has_started",
         "hop_id",
@@ -115,6 +117,7 @@ class Hop:
         self.cached_tokens = cached_tokens
         self.deadline_s = deadline_s
         self.keep_s = keep_s
+        self.hands_over = kind is HopKind.PREFILL
         self.handle: KvHandle | None = None
         self.is_first = not generated
         self.is_last = False
@@ -188,14 +191,24 @@ class Hop:
             self.stats = output.prefill_stats
             self.has_started = True
             self._wake()
-        if finish is not None and self.kind is HopKind.PREFILL:
+        if finish is not None and self.hands_over:
             self.handle = handle_of(output.kv_transfer_params)
-        self.is_last = finish is not None and not (self.kind is HopKind.PREFILL and finish == FINISH_LENGTH)
+        self.is_last = finish is not None and not self._goes_on(output)
         forward = self._for_client(output) if self.deliver else None
         if finish is not None and not self.has_ended:
             self.has_ended = True
             self._wake()
         return forward
+
+    def _goes_on(self, output: EngineOutput) -> bool:
+        """Whether the request goes on at another engine after this last output."""
+        if output.finish_reason != FINISH_LENGTH:
+            return False
+        if self.kind is HopKind.PREFILL:
+            return True
+        # Told to, the engine ends a request earlier than its client asked for; or it had all its tokens.
+        left = self.request.max_tokens - len(self.generated) - len(output.new_token_ids)
+        return self.handle is not None and left > 0
 
     # A wait is one future and one timer: `asyncio.timeout` around a shielded future would be two futures, a
     # callback between them and a timer for every wait, and every request waits four times.

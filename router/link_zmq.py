@@ -117,6 +117,10 @@ class ZmqLink:
         if not self._socket.closed:
             self._post([wire.RELEASE, wire.pack(request_ids)])
 
+    def hand_over(self, request_ids: list[str]) -> None:
+        if not self._socket.closed:
+            self._post([wire.HAND_OVER, wire.pack(request_ids)])
+
     async def call(self, method: str, args: list[Any], deadline_s: float) -> Any:
         """Call an engine method that is no request. Raises InstanceLost, TimeoutError, RuntimeError."""
         self._last_call += 1

@@ -17,6 +17,7 @@ from router.admission import Admission, retry_s
 from router.decisions import Decisions
 from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
+from router.migrations import Migrations, Rebalance
 from router.policy import Decision, Policy, Unsplit
 from router.predictor import Prediction, Predictor
 from router.run import Run
@@ -50,6 +51,10 @@ class Link(Protocol):
 
     def release(self, request_ids: list[str]) -> None:
         """Free blocks kept for a reader that will not come. Never raises."""
+        ...
+
+    def hand_over(self, request_ids: list[str]) -> None:
+        """End running requests at their next token, and keep their blocks for a reader. Never raises."""
         ...
 
 
@@ -100,6 +105,7 @@ class Router:
         on_decision: told every decision as it is made, with the loop's time.
         predictor: the policy's; None for a policy without one.
         line: requests that every instance was too busy for.
+        migrations: of running requests, to other instances.
         wants_blocks: whether instances shall tell how their prefix caches change.
     """
 
@@ -117,6 +123,7 @@ class Router:
         tenant_weights: Mapping[str, float] | None = None,
         promised_tpot_s: float = math.inf,
         keeps_sessions: bool = False,
+        rebalance: Rebalance = "off",
     ) -> None:
         """
         Args:
@@ -127,6 +134,7 @@ class Router:
             tenant_weights: shares of tenants that are not 1.
             promised_tpot_s: the tightest bound of all classes, for which those that fill slack leave room.
             keeps_sessions: whether instances shall keep the KV of a session for its next turn.
+            rebalance: when running requests go on elsewhere, as far as the policy predicts times.
         """
         self.deadlines = deadlines
         self.metrics = metrics
@@ -148,6 +156,8 @@ class Router:
         self._client = client
         self._hops: dict[str, Hop] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
+        self._of_request: dict[str, Run] = {}
+        self.migrations = Migrations(self.fleet, self._of_request, metrics, predictor, rebalance, decisions)
         self._outcomes: dict[str, str] = {}
         self.on_decision: Callable[[ServeRequest, Decision, float], None] | None = None
         self._draining = False
@@ -174,8 +184,11 @@ class Router:
 
     def update(self, info: InstanceInfo) -> None:
         """News of a known instance, for example that it is DRAINING: it keeps its requests, gets no more."""
-        if self.fleet.update(info):
-            self._count_instances()
+        if not self.fleet.update(info):
+            return
+        self._count_instances()
+        if info.state is InstanceState.DRAINING:
+            self.migrations.empty(info.instance_id)
 
     def view(self) -> ClusterView:
         """The READY instances now, as a value."""
@@ -214,6 +227,7 @@ class Router:
             raise error from None
         task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
         self._runs[request.request_id] = task
+        self._of_request[request.request_id] = run
         self._quiet.clear()
         self.slack.running += request.fills_slack
         task.add_done_callback(lambda ended: self._ended(run, ended))
@@ -248,6 +262,7 @@ class Router:
                 forward.append(rewritten)
         if unread:
             self.release(instance_id, unread)
+        self.migrations.look(now_s)
         return forward
 
     def fail_hop(self, hop_id: str, instance_id: str, why: str) -> None:
@@ -301,6 +316,11 @@ class Router:
             await self._quiet.wait()
 
     # --- what runs use
+
+    def hand_over(self, hop: Hop) -> None:
+        """Let the engine of a hop end it at its next token, its blocks kept."""
+        if (member := self.fleet.get(hop.instance_id)) is not None:
+            member.link.hand_over([hop.hop_id])
 
     def decide(
         self, request: ServeRequest, avoid: frozenset[str], refused: frozenset[str] = frozenset()
@@ -370,7 +390,7 @@ class Router:
         """A run is over. A callback of its task: one cancelled before it began runs no code at all."""
         request_id = run.request.request_id
         run.give_back()
-        del self._runs[request_id]
+        del self._runs[request_id], self._of_request[request_id]
         outcome = self._outcomes.pop(request_id, "ok")
         if not task.cancelled() and (error := task.exception()) is not None:
             if not isinstance(error, ServingError):

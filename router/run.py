@@ -20,6 +20,7 @@ from router.hop import Hop, HopKind
 from router.offers import Offers
 from router.policy import Decision
 from router.predictor import Prediction
+from router.rebalance import LEAST_LEFT, Progress
 
 if TYPE_CHECKING:
     from router.router import Router
@@ -52,6 +53,8 @@ class Run:
         self._read = False
         self._avoid: frozenset[str] = frozenset()
         self._offers = Offers(request, router.deadlines.prefill_s, now_s)
+        self._decoding: Hop | None = None
+        self._next = ""
         self._decision: Decision
         self._claim: Claim
 
@@ -102,6 +105,54 @@ class Run:
         predicted = self.predicted if not (self._avoid or self._offers.count) else None
         return predicted if predicted is not None and predicted.ttft_s else None
 
+    def can_move(self) -> bool:
+        """Whether it decodes and could go on at another instance, its KV handed over."""
+        hop = self._decoding
+        if hop is None or hop.hands_over or not hop.has_started or hop.has_ended:
+            return False
+        # One token comes before it goes, and one must be left.
+        left = self.request.max_tokens - len(self.generated)
+        return self.request.handoff is Handoff.TOKENS and left > 2
+
+    def move(self, instance_id: str) -> None:
+        """Let it go on at another instance; only where it `can_move`.
+
+        Its engine ends it at its next token, which it may do for good instead: then it does not move.
+        """
+        assert self._decoding is not None
+        self._next = instance_id
+        self._decoding.hands_over = True
+        self._router.hand_over(self._decoding)
+
+    @property
+    def moves_to(self) -> str:
+        """Where it was asked to go, until it is there; empty for nowhere."""
+        return self._next
+
+    @property
+    def decodes_at(self) -> str:
+        """The instance that decodes it now; empty for none."""
+        return self._decoding.instance_id if self._decoding is not None else ""
+
+    def progress(self, iteration_s: float) -> Progress:
+        """How far it is, while it decodes where an iteration takes so long."""
+        now_s, timeline, hop = self._now(), self.timeline, self._decoding
+        assert hop is not None
+        assert timeline.first_token_s is not None
+        # What comes in steps of several tokens is behind what is there.
+        unseen = int((now_s - hop.progress_s) / iteration_s) if iteration_s > 0 else 0
+        done = len(self.generated) + unseen
+        predicted = self.predicted
+        expected = predicted.output_tokens if predicted is not None else 0
+        return Progress(
+            request_id=self.request.request_id,
+            context_tokens=len(self.request.prompt_token_ids) + done,
+            tpot_bound_s=self.request.slo.tpot_s,
+            spent_s=now_s - timeline.first_token_s,
+            tokens=max(0, done - 1),
+            left=max(1, min(self.request.max_tokens, max(expected, done + LEAST_LEFT)) - done),
+        )
+
     def give_back(self) -> None:
         """Release what is reserved still."""
         self._claim.close(self._now())
@@ -149,6 +200,7 @@ class Run:
 
     async def _attempt(self, decision: Decision) -> None:
         lone = self._lone_engine(decision)
+        self._next = ""
         if lone is None:
             await self._split(decision)
         else:
@@ -178,8 +230,9 @@ class Run:
             await self._started(hop, self._router.deadlines.prefill_s)
             self._prompt_done()
             self.stage = Stage.DECODE
-            await self._ended(hop)
+            await self._decoded(hop)
         self._router.computed(hop)
+        await self._elsewhere(hop)
 
     async def _split(self, decision: Decision) -> None:
         """Prefill on one instance, decode on another."""
@@ -198,11 +251,30 @@ class Run:
             decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
             await self._decode(decode, prefill.handle)
         finally:
-            # A decode that read blocks has told their source; one that computed them anew, or had them in
-            # its own cache, may not have.
-            read = decode is not None and decode.has_started and self._read
-            if prefill.handle is not None and not read:
-                self._router.release(decision.prefill, [prefill.handle.request_id])
+            self._let_go(prefill, decode)
+        await self._elsewhere(decode)
+
+    async def _elsewhere(self, source: Hop) -> None:
+        """Go on at other instances for as long as one hands the request over."""
+        while source.handle is not None:
+            decode: Hop | None = None
+            try:
+                if source.is_last:  # it ended just when it was told to hand over
+                    return
+                tokens = len(self.request.prompt_token_ids) + len(self.generated)
+                self._claim.moved(self._next, tokens, len(self.generated))
+                decode = self._hop(self._next, HopKind.DECODE, source=source)
+                await self._decode(decode, source.handle)
+            finally:
+                self._let_go(source, decode)
+            source = decode
+
+    def _let_go(self, source: Hop, reader: Hop | None) -> None:
+        """A decode that read blocks has told their source; one that computed them anew, or had them in its
+        own cache, may not have."""
+        read = reader is not None and reader.has_started and self._read
+        if source.handle is not None and not read:
+            self._router.release(source.instance_id, [source.handle.request_id])
 
     async def _prefill(self, hop: Hop) -> None:
         """One token, and the prompt's blocks kept for a reader."""
@@ -225,13 +297,17 @@ class Run:
         self.timeline.decode_sent_s = self._now()
         with self._router.open(hop):
             await self._started(hop, self._router.deadlines.transfer_s)
-            self.timeline.decode_first_s = self._now()
+            if not self.timeline.decode_first_s:
+                self.timeline.decode_first_s = self._now()
             self._observe(Stage.TRANSFER, self.timeline.decode_sent_s)
+            if hop.source is not None and hop.source.kind is not HopKind.PREFILL:
+                self._router.metrics.migration_stall_seconds.observe(self._now() - hop.source.progress_s)
             self.stage = Stage.DECODE
+            self._next = ""
             self._account(hop, handle)
-            before = len(self.generated)
-            await self._ended(hop)
-        self._claim.decoded(len(self.generated) - before, self._now() - self.timeline.decode_first_s)
+            before, since_s = len(self.generated), self._now()
+            await self._decoded(hop)
+        self._claim.decoded(len(self.generated) - before, self._now() - since_s)
 
     def _account(self, hop: Hop, handle: KvHandle) -> None:
         stats = hop.stats
@@ -293,6 +369,17 @@ class Run:
             raise self._timeout(hop, deadline_s) from None
         if self.timeline.first_token_s is None and self.generated:
             self.timeline.first_token_s = self._now()
+
+    async def _decoded(self, hop: Hop) -> None:
+        self._decoding = hop
+        try:
+            await self._ended(hop)
+        except BaseException:
+            # It may have handed the request over already, to nobody now.
+            self._let_go(hop, None)
+            raise
+        finally:
+            self._decoding = None
 
     async def _ended(self, hop: Hop) -> None:
         stall_s = self._router.deadlines.stall_s

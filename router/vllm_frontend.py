@@ -127,6 +127,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             tenant_weights=spec.slo.tenant_weights,
             promised_tpot_s=spec.slo.tightest_tpot_s,
             keeps_sessions=spec.keep_sessions,
+            rebalance=spec.rebalance,
         )
         self.links = LinkKeeper(
             self.router, ingress=ingress, engine=engine, encode=self._encode, on_outputs=self._on_outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +58,7 @@ async def build_server(spec: ClusterSpec, core: ClusterCore) -> FastAPI:
     app.state.server = SimpleNamespace(should_exit=False)
     # vLLM's app has its middleware built already, without ours and our error handler: have it built again.
     app.middleware_stack = None
-    _add_routes(app, core, spec)
+    _add_routes(app, core, spec, _api_key(args))
     store = BatchStore(spec.batch.path(spec.name))
     runner = BatchRunner(store, asking(app, _api_key(args)), spec.batch)
     add_batches(app, store, runner, spec.batch)
@@ -70,7 +71,13 @@ def _api_key(args: Namespace) -> str | None:
     return next(filter(None, args.api_key or [os.environ.get("VLLM_API_KEY")]), None)
 
 
-def _add_routes(app: FastAPI, core: ClusterCore, spec: ClusterSpec) -> None:
+def _refusal(status: HTTPStatus, message: str, headers: dict[str, str]) -> JSONResponse:
+    """An error as OpenAI's API has them."""
+    body = {"message": message, "type": status.phrase, "param": None, "code": int(status)}
+    return JSONResponse({"error": body}, status_code=int(status), headers=headers)
+
+
+def _add_routes(app: FastAPI, core: ClusterCore, spec: ClusterSpec, key: str | None) -> None:
     @app.get("/pdserve/status")
     async def status() -> dict[str, Any]:
         return cluster_status(core)
@@ -82,9 +89,23 @@ def _add_routes(app: FastAPI, core: ClusterCore, spec: ClusterSpec) -> None:
         found = core.decisions.find(request_id)
         if found is None:
             message = f"ingress {core.ingress} knows no request {request_id!r}, or not any more"
-            body = {"message": message, "type": "Not Found", "param": None, "code": 404}
-            return JSONResponse({"error": body}, status_code=404, headers=headers)
+            return _refusal(HTTPStatus.NOT_FOUND, message, headers)
         return Response(msgspec.json.encode(found), media_type="application/json", headers=headers)
+
+    @app.post("/pdserve/move/{request_id}")
+    async def move(request_id: str, to: str, request: Request) -> Response:
+        """Let a running request go on at another instance."""
+        headers = {"x-pdserve-ingress": core.ingress, "x-pdserve-ingresses": str(spec.ingress.replicas)}
+        if key is not None and request.headers.get("authorization") != f"Bearer {key}":
+            return _refusal(HTTPStatus.UNAUTHORIZED, "the API key is needed", headers)
+        found = core.decisions.find(request_id)
+        if found is None or found.outcome is not None:
+            message = f"ingress {core.ingress} runs no request {request_id!r}"
+            return _refusal(HTTPStatus.NOT_FOUND, message, headers)
+        if not core.router.migrations.begin(found.request, to):
+            why = f"it does not decode, its sampler has a state, or {to!r} is not there"
+            return _refusal(HTTPStatus.CONFLICT, why, headers)
+        return JSONResponse({"moves": True}, headers=headers)
 
     @app.get("/live")
     async def live() -> dict[str, bool]:
@@ -92,6 +113,4 @@ def _add_routes(app: FastAPI, core: ClusterCore, spec: ClusterSpec) -> None:
 
     @app.exception_handler(RequestEnded)
     async def ended(request: Request, error: RequestEnded) -> JSONResponse:
-        status = int(error.http_status)
-        body = {"message": str(error), "type": error.http_status.phrase, "param": None, "code": status}
-        return JSONResponse({"error": body}, status_code=status, headers=error.headers())
+        return _refusal(HTTPStatus(error.http_status), str(error), error.headers())

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -106,7 +107,9 @@ async def kv_empty(url: str, deadline_s: float) -> None:
             await asyncio.sleep(0.2)
 
 
-async def complete(client: Any, request: dict[str, Any], *, stream: bool) -> list[int]:
+async def complete(
+    client: Any, request: dict[str, Any], *, stream: bool, name: str | None = None
+) -> list[int]:
     arguments = {
         "model": "tiny",
         "prompt": request["prompt"],
@@ -114,6 +117,7 @@ async def complete(client: Any, request: dict[str, Any], *, stream: bool) -> lis
         "temperature": 0.0,
         "stream": stream,
         "extra_body": {"ignore_eos": True, "return_token_ids": True},
+        "extra_headers": {"x-request-id": name} if name else {},
     }
     if not stream:
         answer = await client.completions.create(**arguments)
@@ -143,6 +147,64 @@ async def test_the_split_changes_no_token(
     assert moved >= 0.95 * full_blocks
     assert metric(url, "pdserve_kv_tokens_recomputed_total") == 0
     await kv_empty(url, 5.0)
+
+
+async def test_moves_between_decode_instances_change_no_token(
+    url: str, client: Any, mixed_requests: list[dict[str, Any]], reference: list[list[int]]
+) -> None:
+    """100 streams, each told again and again, at random times, to go on at the other instance."""
+    chosen = [n for n, request in enumerate(mixed_requests) if request["max_tokens"] > 20][:100]
+    rng = random.Random(3)
+    slots = asyncio.Semaphore(16)
+    running: dict[str, int] = {}
+    answers: dict[int, int] = {}
+
+    async def one(index: int) -> list[int]:
+        async with slots:
+            name = f"moving-{index}"
+            running[name] = index
+            try:
+                return await complete(client, mixed_requests[index], stream=True, name=name)
+            finally:
+                del running[name]
+
+    async def move() -> None:
+        async with httpx.AsyncClient(base_url=url) as http:
+            while True:
+                await asyncio.sleep(0.002)
+                if running:
+                    name, to = rng.choice(list(running)), f"decode-{rng.randrange(2)}"
+                    status = (await http.post(f"/pdserve/move/{name}", params={"to": to})).status_code
+                    answers[status] = answers.get(status, 0) + 1
+
+    def moved() -> dict[str, float]:
+        names = ("pdserve_migrations_total", "pdserve_migration_stall_seconds_count")
+        return {name: metric(url, name) for name in names}
+
+    before, recomputed = moved(), metric(url, "pdserve_kv_tokens_recomputed_total")
+    mover = asyncio.create_task(move())
+    try:
+        tokens = await asyncio.gather(*(one(index) for index in chosen))
+    finally:
+        mover.cancel()
+    differing = [n for n, got in zip(chosen, tokens, strict=True) if got != reference[n]]
+    assert differing == []
+    after = moved()
+    began, arrived = (after[name] - before[name] for name in after)
+    assert arrived > 50, answers
+    # The others ended before they were there.
+    assert began >= arrived
+    assert set(answers) <= {200, 404, 409}
+    assert metric(url, "pdserve_kv_tokens_recomputed_total") == recomputed
+    await kv_empty(url, 10.0)
+
+
+async def test_a_move_that_can_not_be_says_why(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url) as http:
+        answer = await http.post("/pdserve/move/nobody", params={"to": "decode-0"})
+        assert answer.status_code == 404
+        assert "runs no request 'nobody'" in answer.json()["error"]["message"]
+        assert (await http.post("/pdserve/move/nobody")).status_code == 400
 
 
 TOOL = {

@@ -534,3 +534,60 @@ async def test_an_adapter_for_a_twin_without_any_is_refused() -> None:
     request = TokenRequest(request_id="r", prompt_token_ids=[1], lora_request=["a", 1, "/"])
     with pytest.raises(ValueError, match="without enable_lora"):
         engine.submit(request)
+
+
+def test_a_running_request_goes_on_in_another_twin() -> None:
+    """At its next token, with all its KV but that token's; wherever it is in a block."""
+
+    async def one(length: int, after: int) -> None:
+        exchange = Exchange()
+        here, there = (SimEngine(options_of(), "m", exchange=exchange) for _ in range(2))
+        prompt = list(range(100, 100 + length))
+        here.submit(request("a", prompt, 40))
+        tokens: list[int] = []
+        handle: Mapping[str, Any] | None = None
+        while handle is None:
+            for output in (await here.outputs()).outputs:
+                tokens += output.new_token_ids
+                handle = output.kv_transfer_params
+            if len(tokens) == after:
+                here.hand_over(["a", "nobody"])
+        assert len(tokens) == after + 1
+        assert handle["remote_num_tokens"] == length + after
+        assert not here.idle
+        there.submit(request("b", prompt + tokens, 40 - len(tokens), handle))
+        stats = None
+        while len(tokens) < 40:
+            for output in (await there.outputs()).outputs:
+                tokens += output.new_token_ids
+                stats = output.prefill_stats or stats
+        assert tokens == expected_tokens(prompt, 40)
+        assert stats is not None
+        assert stats.num_external_cached_tokens == length + after
+        assert exchange.read_tokens == [length + after]
+        assert there.idle
+        here.release(["a"])
+        assert here.idle
+
+    for length in range(1, 10):
+        for after in (1, 2, 5, 38):
+            run_virtual(one(length, after))
+
+
+def test_what_would_end_anyway_or_does_not_decode_is_not_handed_over() -> None:
+    async def main() -> None:
+        engine = SimEngine(options_of(max_num_seqs=1), "m", exchange=Exchange())
+        engine.submit(request("a", [100] * 10, 5))
+        engine.submit(request("waits", [200] * 10, 3))
+        seen: dict[str, list[TokenOutput]] = {"a": [], "waits": []}
+        engine.hand_over(["a", "waits"])  # neither has a token
+        while sum(len(one.new_token_ids) for one in seen["waits"]) < 3:
+            for output in (await engine.outputs()).outputs:
+                seen[output.request_id].append(output)
+            if sum(len(one.new_token_ids) for one in seen["a"]) == 4:
+                engine.hand_over(["a"])  # its next token is its last
+        assert sum(len(one.new_token_ids) for one in seen["a"]) == 5
+        assert [one.kv_transfer_params for outputs in seen.values() for one in outputs] == [None] * 8
+        assert engine.idle
+
+    run_virtual(main())

@@ -440,3 +440,36 @@ def test_what_is_cached_is_told_only_where_somebody_may_find_it() -> None:
     assert untold.run().requests == told.run().requests
     shared = [replace(request, hash_ids=(1,)) for request in asked]
     assert Simulation(spec, shared).router.wants_blocks
+
+
+def test_out_of_memory_requests_go_on_where_there_is_room() -> None:
+    """Answers of 20 tokens, and every fourth one of 3,000, which nobody foresees."""
+    lengths = Random(1)
+    requests = [
+        replace(request, output_tokens=lengths.choice((20, 20, 20, 3000)))
+        for request in make_workload("poisson:rate=3,count=300,input=200,output=30", 0)
+    ]
+
+    def run(rebalance: str) -> tuple[Simulation, SimulationResult]:
+        spec = parse_spec(
+            {
+                "model": "llama-3-8b",
+                "engine_options": {"max_model_len": 8192},
+                "decode": {"count": 3},
+                "rebalance": rebalance,
+                "sim": {"hardware": "h100", "kv_capacity_tokens": 16_000},
+            }
+        )
+        slo = SloClass(name="all", slo=Slo(ttft_s=2.0, tpot_s=0.03))
+        simulation = Simulation(spec, requests, [slo] * len(requests))
+        return simulation, simulation.run()
+
+    def preemptions(result: SimulationResult) -> int:
+        return sum(instance.preemptions for instance in result.instances)
+
+    (_, without), (moving, result) = run("off"), run("memory")
+    assert moving.router.metrics.migrations.labels(cause="memory")._value.get() > 0
+    assert moving.router.metrics.migration_stall_seconds._sum.get() > 0
+    assert preemptions(result) < preemptions(without)
+    assert {request.status for request in result.requests} == {"ok"}
+    assert [request.output_tokens for request in result.requests] == [one.output_tokens for one in requests]

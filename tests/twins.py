@@ -63,6 +63,8 @@ class TwinInstance:
         stalls_at: output position at which a request stops making progress (never, by default).
         recomputes: whether a decode ignores the blocks it was given.
         waits_s: what it says to the next prompts that it refuses, one each, while there is anything.
+        handing_over: hops that were told to end at their next token.
+        deaf: whether it does not hear that, as an engine where the request waits.
         has_them: whether a decode finds the prompt in its own cache, and so reads nothing and tells nobody.
     """
 
@@ -75,6 +77,8 @@ class TwinInstance:
         self.stalls_at = 1 << 30
         self.waits_s: list[float] = []
         self.recomputes = False
+        self.handing_over: set[str] = set()
+        self.deaf = False
         self.has_them = False
         self.wrong_from = 1 << 30
         self.load = InstanceLoad()
@@ -96,6 +100,10 @@ class TwinInstance:
 
     def release(self, request_ids: list[str]) -> None:
         self.kept.difference_update(request_ids)
+
+    def hand_over(self, request_ids: list[str]) -> None:
+        if not self.deaf:
+            self.handing_over.update(request_ids)
 
     def kill(self) -> None:
         """The process is gone, and with it what it kept."""
@@ -125,18 +133,22 @@ class TwinInstance:
                     num_local_cached_tokens=local,
                     num_external_cached_tokens=read,
                 )
-            if position == hop.max_tokens - 1:
+            hands_over = hop.hop_id in self.handing_over and position + 1 < hop.max_tokens
+            is_last = position == hop.max_tokens - 1 or hands_over
+            if is_last:
                 output.finish_reason = FINISH_LENGTH
                 self.tasks.pop(hop.hop_id, None)
-                if hop.kind is HopKind.PREFILL:
+                if hop.kind is HopKind.PREFILL or hands_over:
                     self.kept.add(hop.hop_id)
                     output.kv_transfer_params = {
                         "do_remote_prefill": True,
                         "remote_block_ids": [[1]],
                         "remote_request_id": hop.hop_id,
-                        "remote_num_tokens": len(hop.prompt_token_ids),
+                        "remote_num_tokens": len(hop.prompt_token_ids) + position,
                     }
             self.cluster.deliver(self.info.instance_id, output)
+            if is_last:
+                return
             await asyncio.sleep(0)
 
 

@@ -200,6 +200,10 @@ class SimLife:
         if not self._dead:
             self.engine.release(request_ids)
 
+    def hand_over(self, request_ids: list[str]) -> None:
+        if not self._dead:
+            self.engine.hand_over(request_ids)
+
     def _receive(self, offer: Offer, request: TokenRequest) -> None:
         hop_id = offer.request_id
         self._on_the_way.pop(hop_id, None)

@@ -100,6 +100,7 @@ class Simulation:
             tenant_weights=spec.slo.tenant_weights,
             promised_tpot_s=spec.slo.tightest_tpot_s,
             keeps_sessions=spec.keep_sessions,
+            rebalance=spec.rebalance,
         )
         self._instances.router = self._router
         self._journal.on_end = lambda name: self._instances.block_hashes.pop(name, None)

@@ -1,0 +1,141 @@
+"""Running requests of a real vLLM engine go on in another one, over real NIXL."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import vllm_api, wire
+from cluster.handle import KvHandle, handle_of
+from deploy.tiny_model_torch import build_tiny_model
+from tests.hybrid_model_torch import build_hybrid_model
+from tests.test_engines_vllm import BLOCK, Process, offer, pair
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+TOKENS = 40
+# The last token before a move is at, and beside, every kind of place in a block.
+LENGTHS = [1, 2, 100, *(n * BLOCK - m for n in (1, 2, 3) for m in (12, 11, 10, 9, 8)), 700]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def request_of(name: str, prompt: list[int], max_tokens: int, kv: dict[str, Any] | None) -> Any:
+    return vllm_api.EngineCoreRequest(
+        request_id=name, prompt_token_ids=prompt, mm_features=None,
+        sampling_params=vllm_api.SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True,
+            extra_args={"kv_transfer_params": kv} if kv else None,
+        ),
+        pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=None,
+        data_parallel_rank=None,
+    )  # fmt: skip
+
+
+async def until_handed_over(
+    engine: Process, name: str, prompt: list[int], at_least: int, kv: dict[str, Any] | None = None
+) -> tuple[list[int], KvHandle | None, Any]:
+    """Its tokens until it is handed over, which it is told to be when it has so many."""
+    request = request_of(name, prompt, TOKENS, kv)
+    await engine.post(wire.ADD, offer(name), *vllm_api.MsgpackEncoder().encode(request))
+    tokens: list[int] = []
+    stats = None
+    told = False
+    while True:
+        for output in await engine.step():
+            if output.request_id != name:
+                continue
+            tokens += output.new_token_ids
+            stats = output.prefill_stats or stats
+            if output.finish_reason is not None:
+                return tokens, handle_of(output.kv_transfer_params), stats
+        if len(tokens) >= at_least and not told:
+            told = True
+            await engine.post(wire.HAND_OVER, wire.pack([name]))
+
+
+async def empty(engine: Process) -> None:
+    """No block is in use. What was read elsewhere is freed with a later step."""
+    async with asyncio.timeout(20):
+        while not engine.loads or engine.loads[-1].kv_usage > 0 or engine.loads[-1].running:
+            await engine.step()
+
+
+async def check_every_place_in_a_block(here: Process, there: Process) -> None:
+    rng = random.Random(1)
+    for length in LENGTHS:
+        prompt = [rng.randrange(100, 4000) for _ in range(length)]
+        whole, _, _ = await there.generate(f"whole-{length}", prompt, TOKENS)
+        assert await there.call("reset_prefix_cache")
+        first, handle, _ = await until_handed_over(here, f"a-{length}", prompt, rng.randint(1, 12))
+        assert handle is not None
+        assert 1 < len(first) < TOKENS
+        assert handle.tokens == length + len(first) - 1
+        left = TOKENS - len(first)
+        rest, _, stats = await there.generate(f"b-{length}", prompt + first, left, dict(handle.params))
+        assert first + rest == whole, length
+        assert stats.num_external_cached_tokens == handle.tokens
+        await empty(here)
+
+
+async def check_back_and_forth(here: Process, there: Process) -> None:
+    """A request that was read is handed over as well as one that began here."""
+    rng = random.Random(2)
+    prompt = [rng.randrange(100, 4000) for _ in range(2 * BLOCK - 5)]
+    whole, _, _ = await here.generate("whole", prompt, 200)
+    engines = [here, there]
+    tokens: list[int] = []
+    handle: KvHandle | None = None
+    for hop in range(8):
+        engine = engines[hop % 2]
+        assert await engine.call("reset_prefix_cache")
+        more, handle, stats = await until_handed_over(
+            engine, f"hop-{hop}", prompt + tokens, rng.randint(1, 20), dict(handle.params) if handle else None
+        )
+        assert handle is not None
+        if hop:
+            assert stats.num_external_cached_tokens == len(prompt) + len(tokens) - 1
+        tokens += more
+    rest, _, _ = await here.generate("last", prompt + tokens, 200 - len(tokens), dict(handle.params))
+    assert tokens + rest == whole
+    await empty(here)
+    await empty(there)
+
+
+async def check_what_is_not_handed_over(here: Process, there: Process) -> None:
+    """Its last token, an unknown request, and one that its client has left."""
+    prompt = [7] * 50
+    tokens, handle, _ = await until_handed_over(here, "late", prompt, TOKENS - 1)
+    assert len(tokens) == TOKENS
+    assert handle is None
+    await here.post(wire.HAND_OVER, wire.pack(["nobody", "late"]))
+    again, _, _ = await here.generate("again", prompt, TOKENS)
+    assert again == tokens
+    request = request_of("left", prompt, 400, None)
+    await here.post(wire.ADD, offer("left"), *vllm_api.MsgpackEncoder().encode(request))
+    while not any(output.new_token_ids for output in await here.step()):
+        pass
+    await here.post(wire.HAND_OVER, wire.pack(["left"]))
+    await here.post(wire.ABORT, wire.pack(["left"]))
+    await here.generate("after", prompt, 2)
+    await empty(here)
+
+
+async def test_requests_go_on_in_another_engine(model: Path) -> None:
+    async with pair(model, "own") as (here, there):
+        await check_every_place_in_a_block(here, there)
+        await check_back_and_forth(here, there)
+        await check_what_is_not_handed_over(here, there)
+
+
+async def test_with_sliding_windows(tmp_path: Path) -> None:
+    async with pair(build_hybrid_model(tmp_path / "hybrid"), "thread") as (here, there):
+        await check_back_and_forth(here, there)

@@ -1,0 +1,187 @@
+"""Running requests that go on at another instance, on twins."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from cluster.errors import ServingError
+from cluster.instance import InstanceState
+from cluster.request import Handoff
+from router.hop import HopKind
+from tests.twins import TwinCluster, expected_tokens, until
+
+PROMPT = list(range(200, 240))
+PLACES = ("prefill-0", "decode-0", "decode-1")
+
+
+def count(cluster: TwinCluster, cause: str) -> float:
+    return float(cluster.metrics.migrations.labels(cause=cause)._value.get())
+
+
+async def running(cluster: TwinCluster, name: str, tokens: int, at_least: int = 3) -> str:
+    """A request that has some tokens; returns where it decodes."""
+    cluster.submit(name, PROMPT, tokens)
+    await until(lambda: len(cluster.tokens.get(name, [])) >= at_least)
+    return cluster.router._of_request[name].decodes_at
+
+
+async def test_a_stream_goes_on_elsewhere_without_a_gap_in_its_tokens() -> None:
+    cluster = TwinCluster(*PLACES)
+    here = await running(cluster, "a", 50)
+    there = "decode-1" if here == "decode-0" else "decode-0"
+    assert cluster.router.migrations.begin("a", there)
+    run = cluster.router._of_request["a"]
+    assert run.moves_to == there
+    await until(lambda: run.decodes_at == there)
+    assert not run.moves_to
+    # Its room is where it is now.
+    assert cluster.router.reservations.tokens(here) == 0
+    assert cluster.router.reservations.tokens(there) > len(PROMPT)
+    await cluster.settle()
+    assert cluster.tokens["a"] == expected_tokens(PROMPT, 50)
+    assert "a" in cluster.finished
+    assert not cluster.errors
+    assert count(cluster, "asked") == 1
+    samples = cluster.metrics.migration_stall_seconds.collect()[0].samples
+    (stalls,) = [sample.value for sample in samples if sample.name.endswith("_count")]
+    assert stalls == 1
+    kinds = [hop.kind for twin in cluster.instances.values() for hop in twin.sent]
+    assert sorted(kinds) == [HopKind.DECODE, HopKind.DECODE, HopKind.PREFILL]
+    cluster.assert_nothing_held()
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_any_number_of_moves_at_any_time(seed: int) -> None:
+    random = Random(seed)
+    cluster = TwinCluster(*PLACES, "decode-2")
+    names = [f"r{n}" for n in range(12)]
+    lengths = {name: random.randint(1, 80) for name in names}
+    for name in names:
+        cluster.submit(name, PROMPT, lengths[name])
+    while cluster.router.pending:
+        name = random.choice(names)
+        cluster.router.migrations.begin(name, f"decode-{random.randrange(3)}")
+        if random.random() < 0.02:
+            cluster.router.abort([name])
+            lengths.pop(name, None)
+        await asyncio.sleep(0)
+    assert count(cluster, "asked") > 12
+    for name, length in lengths.items():
+        assert cluster.tokens[name] == expected_tokens(PROMPT, length), name
+    assert not cluster.errors
+    cluster.assert_nothing_held()
+
+
+async def test_an_unsplit_request_moves_too() -> None:
+    cluster = TwinCluster(*PLACES)
+    cluster.submit("a", PROMPT[:1], 40)
+    await until(lambda: len(cluster.tokens.get("a", [])) >= 3)
+    here = cluster.router._of_request["a"].decodes_at
+    cluster.router.migrations.begin("a", "decode-1" if here != "decode-1" else "decode-0")
+    await cluster.settle()
+    assert cluster.tokens["a"] == expected_tokens(PROMPT[:1], 40)
+    cluster.assert_nothing_held()
+
+
+async def test_who_can_not_move_stays() -> None:
+    cluster = TwinCluster(*PLACES)
+    migrations = cluster.router.migrations
+    cluster.submit("state", PROMPT, 30, handoff=Handoff.KV_ONLY)
+    here = await running(cluster, "a", 30)
+    await until(lambda: len(cluster.tokens.get("state", [])) >= 3)
+    assert not migrations.begin("state", "decode-0")
+    assert not migrations.begin("state", "decode-1")
+    assert not migrations.begin("a", here)
+    assert not migrations.begin("a", "decode-7")
+    assert not migrations.begin("nobody", "decode-0")
+    assert migrations.begin("a", "decode-1" if here == "decode-0" else "decode-0")
+    assert not migrations.begin("a", "decode-0"), "it is moving"
+    await cluster.settle()
+    assert cluster.tokens["state"] == expected_tokens(PROMPT, 30)
+    cluster.assert_nothing_held()
+
+
+async def test_an_engine_that_does_not_hand_over_ends_the_request_itself() -> None:
+    """It waits there, say, preempted; or it ended meanwhile."""
+    cluster = TwinCluster(*PLACES)
+    here = await running(cluster, "a", 20)
+    cluster.instances[here].deaf = True
+    assert cluster.router.migrations.begin("a", "decode-1" if here == "decode-0" else "decode-0")
+    await cluster.settle()
+    assert cluster.tokens["a"] == expected_tokens(PROMPT, 20)
+    cluster.assert_nothing_held()
+
+
+@pytest.mark.parametrize("dies", ["source", "target"])
+async def test_a_death_in_between_costs_a_recomputation(dies: str) -> None:
+    cluster = TwinCluster(*PLACES, "decode-2")
+    here = await running(cluster, "a", 40)
+    there = next(name for name in ("decode-0", "decode-1") if name != here)
+    cluster.instances[there].stalls_at = 0  # it has the request and gives nothing
+    cluster.router.migrations.begin("a", there)
+    await until(lambda: any(hop.kind is HopKind.DECODE for hop in cluster.instances[there].sent))
+    cluster.instances[there].stalls_at = 1 << 30
+    cluster.instances[here if dies == "source" else there].kill()
+    await cluster.settle()
+    assert cluster.tokens["a"] == expected_tokens(PROMPT, 40)
+    assert not cluster.errors
+    cluster.assert_nothing_held()
+
+
+async def test_a_target_that_left_before_costs_one_too() -> None:
+    cluster = TwinCluster(*PLACES)
+    here = await running(cluster, "a", 40)
+    there = next(name for name in ("decode-0", "decode-1") if name != here)
+    cluster.router.migrations.begin("a", there)
+    cluster.instances[there].kill()
+    await cluster.settle()
+    assert cluster.tokens["a"] == expected_tokens(PROMPT, 40)
+    cluster.assert_nothing_held()
+
+
+async def test_a_client_that_leaves_in_between_leaves_nothing() -> None:
+    cluster = TwinCluster(*PLACES)
+    here = await running(cluster, "a", 40)
+    there = next(name for name in ("decode-0", "decode-1") if name != here)
+    cluster.instances[there].stalls_at = 0
+    cluster.router.migrations.begin("a", there)
+    await until(lambda: bool(cluster.instances[here].kept))
+    cluster.router.abort(["a"])
+    await cluster.settle()
+    cluster.assert_nothing_held()
+
+
+async def test_what_runs_on_an_instance_that_drains_goes_on_elsewhere() -> None:
+    cluster = TwinCluster(*PLACES)
+    for name in "abcd":
+        await running(cluster, name, 60)
+    cluster.router.update(replace(cluster.instances["decode-0"].info, state=InstanceState.DRAINING))
+    await until(lambda: not any(run.decodes_at == "decode-0" for run in cluster.router._of_request.values()))
+    assert all(len(cluster.tokens[name]) < 60 for name in "abcd"), "they did not just end"
+    assert count(cluster, "drain") == 2
+    await cluster.settle()
+    for name in "abcd":
+        assert cluster.tokens[name] == expected_tokens(PROMPT, 60)
+    assert not cluster.errors
+    cluster.assert_nothing_held()
+
+
+async def test_an_unknown_error_of_the_target_is_its_own() -> None:
+    """A target that refuses the request fails it there; it is computed anew elsewhere."""
+    cluster = TwinCluster(*PLACES, "decode-2")
+    here = await running(cluster, "a", 40)
+    there = next(name for name in ("decode-0", "decode-1") if name != here)
+    cluster.instances[there].stalls_at = 0
+    cluster.router.migrations.begin("a", there)
+    await until(lambda: bool(cluster.instances[there].tasks))
+    (hop_id,) = cluster.instances[there].tasks
+    cluster.router.fail_hop(hop_id, there, "it can't be read")
+    cluster.instances[there].abort([hop_id])
+    await cluster.settle()
+    assert cluster.tokens["a"] == expected_tokens(PROMPT, 40)
+    assert not [error for error in cluster.errors.values() if isinstance(error, ServingError)]
+    cluster.assert_nothing_held()

@@ -27,12 +27,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from benchmarks.cluster import ROOT, URL, cluster, wait_serving
-from cluster.latency import DecodeCost, LatencyProfile, PrefillCost
+from cluster.latency import LatencyProfile
 from cluster.request import Slo
 from cluster.spec import ClusterSpec, load_spec
 from deploy.model_store import tiny_model_ready
@@ -93,7 +93,6 @@ class Pair:
 
 
 Pairs = dict[float, list[Pair]]
-Cost = TypeVar("Cost", PrefillCost, DecodeCost)
 
 
 @dataclass
@@ -184,22 +183,7 @@ def measure(spec: Path, plan: Plan, rounds: int) -> Measured:
 
 def at_pace(profile: LatencyProfile, visits: Sequence[PointStreams]) -> LatencyProfile:
     """The profile, as much slower or faster as these points were than it says."""
-    prefill, decode = paces(profile, visits)
-    return profile.model_copy(
-        update={
-            "prefill": tuple(scaled(cost, prefill) for cost in profile.prefill),
-            "decode": tuple(scaled(cost, decode) for cost in profile.decode),
-        }
-    )
-
-
-def scaled(cost: Cost, factor: float) -> Cost:
-    """A cost times a factor."""
-    raw = cost.model_dump()
-    raw |= {name: value * factor for name, value in raw.items() if name.endswith("_s")}
-    if "levels" in raw:
-        raw["levels"] = tuple((size, seconds * factor) for size, seconds in raw["levels"])
-    return type(cost).model_validate(raw)
+    return profile.at_pace(*paces(profile, visits))
 
 
 def simulated(spec: ClusterSpec, live: ReplayReport, plan: Plan, rate: float, seed: int) -> Pair:

@@ -142,8 +142,8 @@ async def many(client: Client, streams: int) -> None:
     usual = 1e3 * median(stream.usual_s for stream in moved)
     ends = [still[int(share * (len(still) - 1))] for share in (0.5, 0.9, 0.99)]
     print(
-        f"\n{streams} streams, {AT_ONCE} at a time, {len(moved)} moved: the longest pause of each, beyond its "
-        f"usual {usual:.0f} ms, is {ends[0]:.0f} ms at the median, {ends[1]:.0f} at the 90th percentile, "
+        f"\n{streams} streams, {AT_ONCE} at a time, {len(moved)} moved: the longest pause of each, beyond "
+        f"its usual {usual:.0f} ms, is {ends[0]:.0f} ms at the median, {ends[1]:.0f} at the 90th percentile, "
         f"{ends[2]:.0f} at the 99th",
         flush=True,
     )

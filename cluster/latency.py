@@ -176,9 +176,26 @@ class LatencyProfile(Frozen):
     prefill_contention: float = Field(default=1.0, ge=1)
     decode_contention: Levels = ()
 
+    def at_pace(self, prefill: float, decode: float) -> LatencyProfile:
+        """The same engine, with prompts and decodes that take so many times as long."""
+        return self.model_copy(
+            update={
+                "prefill": tuple(_scaled(cost, prefill) for cost in self.prefill),
+                "decode": tuple(_scaled(cost, decode) for cost in self.decode),
+            }
+        )
+
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _scaled(cost: _Cost, factor: float) -> _Cost:
+    raw = cost.model_dump()
+    raw |= {name: value * factor for name, value in raw.items() if name.endswith("_s")}
+    if "levels" in raw:
+        raw["levels"] = tuple((size, seconds * factor) for size, seconds in raw["levels"])
+    return type(cost).model_validate(raw)
 
 
 def load_profile(path: Path | str) -> LatencyProfile:
@@ -210,6 +227,30 @@ def load_profile(path: Path | str) -> LatencyProfile:
         ) from None
     except ValueError as error:
         raise SpecError(file=str(path), path="", value=str(error), allowed="a profile is JSON") from None
+
+
+class PacedLatency:
+    """Another model's iterations, each so many times as long."""
+
+    def __init__(self, latency: LatencyModel, factor: float) -> None:
+        self._latency = latency
+        self._factor = factor
+
+    @property
+    def region(self) -> Batch | None:
+        return self._latency.region
+
+    def iteration_s(self, batch: Batch) -> float:
+        return self._factor * self._latency.iteration_s(batch)
+
+
+def at_pace(latency: LatencyModel, factor: float) -> LatencyModel:
+    """Iterations that take so many times as long; a measured engine stays one, with what else is known."""
+    if factor == 1:
+        return latency
+    if isinstance(latency, ProfiledLatency):
+        return ProfiledLatency(latency.profile.at_pace(factor, factor))
+    return PacedLatency(latency, factor)
 
 
 class ProfiledLatency:

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.errors import SpecError
 from cluster.hardware import Hardware, hardware_named
 from cluster.instance import Role
-from cluster.latency import ConstantLatency, LatencyModel, ProfiledLatency, load_profile
+from cluster.latency import ConstantLatency, LatencyModel, ProfiledLatency, at_pace, load_profile
 from cluster.model_shape import ModelShape, shape_of
 from cluster.roofline import RooflineLatency
 from cluster.spec import ClusterSpec
@@ -184,6 +184,11 @@ def _vllm_defaults(spec: ClusterSpec, hardware: Hardware | None, ranks: int) -> 
 def _latency(
     spec: ClusterSpec, role: Role, shape: ModelShape | None, hardware: Hardware | None
 ) -> LatencyModel:
+    return at_pace(_said(spec, role, shape, hardware), spec.sim.pace.get(role, 1.0))
+
+
+def _said(spec: ClusterSpec, role: Role, shape: ModelShape | None, hardware: Hardware | None) -> LatencyModel:
+    """What profile, hardware or fixed costs say of an instance."""
     pool, sim = spec.pool(role), spec.sim
     path = sim.profile.get(role) if isinstance(sim.profile, dict) else sim.profile
     if path is not None:

@@ -163,6 +163,7 @@ class SimEngineSpec(Frozen):
         separate_prefill: whether an iteration with prompts holds no decodes and goes first, as in vLLM up to
             0.3; for policy `unsplit`, as on a decode instance every hand-over would stop the others.
         adapter_load_s: what loading a LoRA adapter takes; also what a policy that predicts expects at first.
+        pace: by role, how many times as long its iterations take as the model says (`pdserve calibrate`).
     """
 
     profile: str | dict[Role, str] | None = None
@@ -176,6 +177,7 @@ class SimEngineSpec(Frozen):
     hop_s: float = Field(default=0.0, ge=0)
     separate_prefill: bool = False
     adapter_load_s: float = Field(default=0.1, ge=0)
+    pace: dict[Role, PositiveFloat] = Field(default_factory=dict)
     network: NetworkSpec = Field(default_factory=NetworkSpec)
 
 

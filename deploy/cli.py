@@ -14,6 +14,7 @@ from deploy.planner.command import add_plan
 from deploy.profiler.command import add_profile
 from deploy.render.command import add_render
 from deploy.simulator.command import add_simulate
+from deploy.verification.command import add_calibrate, add_verify
 from deploy.workload_options import TRACE_HELP, add_workload_options
 
 EXIT_OK = 0
@@ -36,6 +37,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_replay(commands)
     add_simulate(commands).set_defaults(run=_simulate)
     add_plan(commands).set_defaults(run=_plan)
+    add_verify(commands).set_defaults(run=_verify)
+    add_calibrate(commands).set_defaults(run=_calibrate)
     add_render(commands).set_defaults(run=_render)
     add_profile(commands)
     _add_model(commands)
@@ -96,6 +99,9 @@ def _add_replay(commands: Any) -> None:
     )
     replay.add_argument(
         "--cancel-share", type=float, default=0.0, metavar="X", help="cancel this share at a random time"
+    )
+    replay.add_argument(
+        "--save", type=Path, metavar="FILE", help="keep what came of each request, for `verify`"
     )
     replay.add_argument("--json", action="store_true", help="print JSON")
     replay.set_defaults(run=_replay)
@@ -172,6 +178,18 @@ def _plan(args: argparse.Namespace) -> int:
     from deploy.planner.command import run_plan
 
     return run_plan(args, say=_say)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from deploy.verification.command import run_verify
+
+    return run_verify(args, say=_say)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from deploy.verification.command import run_calibrate
+
+    return run_calibrate(args, say=_say)
 
 
 def _render(args: argparse.Namespace) -> int:

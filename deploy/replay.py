@@ -204,6 +204,7 @@ class _Replay:
             error=error,
             slo_class=self._options.classes[index].name if self._options.classes else "",
             slo=self._options.classes[index].slo if self._options.classes else None,
+            asked_tokens=request.output_tokens,
         )
 
     async def _exchange(self, index: int, body: bytes, answer: _Answer) -> None:

@@ -18,6 +18,8 @@ from deploy.workload_options import workload_from
 def replay_trace(args: argparse.Namespace, say: Callable[[str], None]) -> ReplayReport:
     """Run the command. Raises ValueError (TraceError among them) for input that can't be used."""
     requests = workload_from(args)
+    if args.save is not None and not args.save.absolute().parent.is_dir():
+        raise ValueError(f"{args.save}: there is no directory {args.save.absolute().parent}")
     classes = None
     if args.slo:
         classes = assign_slo_classes(requests, parse_slo(args.slo), Random(f"{args.seed}/slo"))
@@ -31,7 +33,13 @@ def replay_trace(args: argparse.Namespace, say: Callable[[str], None]) -> Replay
     )
     last_s = requests[-1].arrival_s
     say(f"{len(requests)} requests over {last_s:.0f} s to {args.url}")
-    return asyncio.run(replay(args.url, requests, options, progress_line()))
+    report = asyncio.run(replay(args.url, requests, options, progress_line()))
+    if args.save is not None:
+        from deploy.verification.outcomes import save_outcomes
+
+        save_outcomes(report, args.save)
+        say(f"wrote {args.save}")
+    return report
 
 
 def progress_line() -> Callable[[ReplayProgress], None] | None:

@@ -24,7 +24,8 @@ class RequestOutcome:
     `e2e_s` (last token) count from sending. `tpot_s` averages over the tokens after the first, `max_gap_s` is
     the longest wait between two chunks; both None for fewer than two. `output_tokens` is the server's own
     count (usage), 0 where it never came. `error` says why the status isn't "ok"; None for a cancelled one.
-    `slo` is what it was sent with, None where the server was told of no bounds.
+    `slo` is what it was sent with, None where the server was told of no bounds. `asked_tokens` is the length
+    of the answer that was asked for.
     """
 
     index: int
@@ -41,6 +42,7 @@ class RequestOutcome:
     error: str | None
     slo_class: str = ""
     slo: Slo | None = None
+    asked_tokens: int = 0
 
     def meets(self, slo: Slo) -> bool:
         """A complete answer within both bounds; one token has no TPOT and keeps any."""

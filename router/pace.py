@@ -23,9 +23,10 @@ class Pace:
     Attributes:
         factor: what to multiply a prediction with.
         spread: usual error that is left, relative.
+        seen: how many it has learned from.
     """
 
-    __slots__ = ("_error", "_log", "_most", "_seen", "factor", "spread")
+    __slots__ = ("_error", "_log", "_most", "factor", "seen", "spread")
 
     def __init__(self, most: float = 2.0) -> None:
         """
@@ -35,7 +36,7 @@ class Pace:
         self._most = math.log(most)
         self._log = 0.0
         self._error = FIRST_SPREAD
-        self._seen = 0
+        self.seen = 0
         self.factor = 1.0
         self.spread = FIRST_SPREAD
 
@@ -44,12 +45,12 @@ class Pace:
         tell nothing."""
         if predicted_s <= 0 or actual_s <= 0:
             return
-        self._seen += 1
+        self.seen += 1
         error = math.log(actual_s / predicted_s) - self._log
-        if self._seen > 1:
+        if self.seen > 1:
             error = max(-MOST_ERROR, min(MOST_ERROR, error))
-            self._error += max(GAIN, 1 / self._seen) * (abs(error) - self._error)
-        self._log += max(GAIN, 1 / self._seen) * error
+            self._error += max(GAIN, 1 / self.seen) * (abs(error) - self._error)
+        self._log += max(GAIN, 1 / self.seen) * error
         self._log = max(-self._most, min(self._most, self._log))
         self.factor = math.exp(self._log)
         self.spread = max(LEAST_SPREAD, min(MOST_SPREAD, self._error))
@@ -88,6 +89,11 @@ class PromptPace:
     def factor(self) -> float:
         """What to multiply predicted work with."""
         return self._pace.factor
+
+    @property
+    def seen(self) -> int:
+        """From how many stretches of work that was learned."""
+        return self._pace.seen
 
     def spread(self, expected_s: float, queue_s: float) -> float:
         """Usual error, relative, of a prompt that shall have its token after so long, of which it waits

@@ -351,6 +351,12 @@ def cluster_status(core: ClusterCore) -> dict[str, Any]:
         row["outstanding_tokens"] = core.router.reservations.tokens(info.instance_id)
         row["outstanding_requests"] = core.router.reservations.requests(info.instance_id)
         view = core.router.fleet.view_of(info.instance_id)
+        if view is not None:
+            # What its iterations take, against what was predicted, and from how many that was learned.
+            row["pace"] = {
+                "prefill": {"factor": view.prefill_pace.factor, "seen": view.prefill_pace.seen},
+                "decode": {"factor": view.decode_pace.factor, "seen": view.decode_pace.seen},
+            }
         row["adapters"] = list(view.adapters.on_host) if view else []
         row["load"] = (
             {"running": link.load.running, "waiting": link.load.waiting, "kv_usage": link.load.kv_usage}

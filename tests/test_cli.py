@@ -30,17 +30,25 @@ SURFACE = {
     "explain": ["--json", "--url", "request"],
     "replay": [
         "--cancel-share", "--goodput", "--json", "--limit", "--max-model-len", "--max-output", "--model",
-        "--rate", "--seed", "--slo", "--speedup", "--timeout", "--url", "trace",
+        "--rate", "--save", "--seed", "--slo", "--speedup", "--timeout", "--url", "trace",
     ],
     "simulate": [
         "--html", "--json", "--limit", "--max-model-len", "--max-output", "--rate", "--scenario", "--seed",
         "--slo", "--speedup", "--strict", "--timeline", "--trace", "--unsplit", "spec",
     ],
     "plan": [
-        "--attainment", "--compare", "--cv", "--gpu", "--gpus-per-node", "--gpus-total", "--html", "--isl",
-        "--jobs", "--json", "--limit", "--max-model-len", "--max-output", "--model", "--node-gbps", "--nodes",
-        "--objective", "--osl", "--output", "--parts", "--pipeline", "--profile", "--rate", "--ray",
-        "--seed", "--slo", "--speedup", "--sweep", "--tpot", "--trace", "--ttft",
+        "--attainment", "--base", "--compare", "--cv", "--gpu", "--gpus-per-node", "--gpus-total", "--html",
+        "--isl", "--jobs", "--json", "--limit", "--max-model-len", "--max-output", "--model", "--node-gbps",
+        "--nodes", "--objective", "--osl", "--output", "--parts", "--pipeline", "--profile", "--rate",
+        "--ray", "--seed", "--slo", "--speedup", "--sweep", "--tpot", "--trace", "--ttft",
+    ],
+    "verify": [
+        "--json", "--limit", "--max-model-len", "--max-output", "--model", "--plan", "--rate", "--replay",
+        "--save", "--seed", "--slo", "--speedup", "--timeout", "--trace", "--url",
+    ],
+    "calibrate": [
+        "--json", "--limit", "--max-model-len", "--max-output", "--metrics", "--model", "--output", "--rate",
+        "--seed", "--speedup", "--timeout", "--trace", "spec",
     ],
     "render": [
         "--cpus-per-gpu", "--image", "--memory-per-gpu", "--model", "--namespace", "--node-selector",

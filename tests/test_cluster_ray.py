@@ -15,8 +15,9 @@ import openai
 import psutil
 import pytest
 
+from cluster.instance import Role
 from cluster.sim_engine import SIM_ENGINE_NAME
-from cluster.spec import ClusterSpec
+from cluster.spec import ClusterSpec, load_spec
 from deploy.status import fetch_status, read_metric
 from deploy.tiny_model_torch import build_tiny_model
 from tests.twins import expected_tokens
@@ -98,6 +99,26 @@ async def wait_ready(url: str) -> None:
             for row in (await asyncio.to_thread(rows, url)).values()
         ):
             await asyncio.sleep(0.1)
+
+
+def test_a_plan_is_verified_and_calibrated_against_what_runs(
+    url: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deploy.cli import main
+    from deploy.render.serve_config import raw
+
+    plan, out, run = (tmp_path / name for name in ("plan.yaml", "out.yaml", "run.jsonl"))
+    plan.write_text(json.dumps(raw(twin_spec(model))))  # JSON is YAML
+    trace = ["--trace", "poisson:rate=40,count=160,input=60,output=30"]
+    words = ["verify", "--plan", str(plan), "--url", url, *trace, "--save", str(run), "--json"]
+    assert main([*words, "--slo", "ttft:2000", "tpot:200"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["figures"]["attainment"]["measured"] == 1.0
+    # A twin's iteration takes what the plan says, on any machine at least.
+    assert found["figures"]["TPOT, mean"]["measured"] >= 0.0099
+    assert main(["verify", "--plan", str(plan), "--replay", str(run)]) == 0
+    assert main(["calibrate", str(plan), "--metrics", url, "-o", str(out), "--json"]) == 0
+    assert set(load_spec(out).sim.pace) == set(Role)
 
 
 async def test_twins_serve_behind_the_same_front_end(url: str, client: Any) -> None:

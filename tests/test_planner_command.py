@@ -33,6 +33,22 @@ def test_a_plan_is_printed_and_its_spec_is_what_the_others_take(
     assert json.loads(capsys.readouterr().out)
 
 
+def test_a_base_keeps_what_is_no_matter_of_the_plan(tmp_path: Path) -> None:
+    base, out = tmp_path / "base.yaml", tmp_path / "plan.yaml"
+    base.write_text(
+        "name: chat\nmodel: /models/llama\nprefill: {count: 9, env: {A: b}}\ningress: {replicas: 3}\n"
+        "engine_options: {dtype: bfloat16, max_model_len: 5}\n"
+    )
+    words = ["--ttft", "500", "--tpot", "50", "--base", str(base), "-o", str(out)]
+    assert main([*SMALL, *words]) == 0
+    spec = load_spec(out)
+    assert (spec.name, spec.model, spec.ingress.replicas) == ("chat", "/models/llama", 3)
+    assert spec.prefill.env == {"A": "b"}
+    assert spec.prefill.count + spec.decode.count <= 2
+    assert spec.engine_options["dtype"] == "bfloat16"
+    assert spec.engine_options["max_model_len"] > 2000
+
+
 def test_json_is_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--ttft", "500", "--tpot", "50", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -70,6 +70,7 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     plan.add_argument("--sweep", metavar="WHAT=FROM:TO:STEP", help="rate=1:50:2x, slo_scale=, isl= or gpus=")
     plan.add_argument("--html", type=Path, metavar="FILE", help="write the curves of --sweep as a page")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--base", type=Path, metavar="SPEC", help="whose other keys the plan's spec has")
     plan.add_argument("-o", "--output", type=Path, metavar="SPEC", help="write the spec")
     return plan
 
@@ -153,7 +154,20 @@ def goal_from(args: argparse.Namespace) -> Goal:
         seeds=args.parts,
         max_model_len=args.max_model_len or -(-longest // 1024) * 1024,
         node_gbps=args.node_gbps,
+        base=_base(args.base),
     )
+
+
+def _base(path: Path | None) -> dict[str, Any]:
+    import yaml
+
+    from cluster.spec import load_spec
+
+    if path is None:
+        return {}
+    load_spec(path)  # says what is wrong with it
+    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return raw
 
 
 def _profiles(files: Sequence[str]) -> dict[Layout, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.errors import ServingError
 from cluster.hardware import Hardware
@@ -50,6 +50,7 @@ class Goal:
         pipeline: whether layouts with pipeline stages may be chosen, which only twins can serve yet.
         seeds: parts of the workload that a figure is the mean of.
         max_model_len: of the engines.
+        base: keys of a spec that the plan's spec begins with: engine options, ingress, deadlines, ...
         node_gbps: network between nodes, per GPU and direction; None for the hardware's.
     """
 
@@ -67,6 +68,7 @@ class Goal:
     seeds: int = 3
     max_model_len: int = 16_384
     node_gbps: float | None = None
+    base: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rate_rps(self) -> float:

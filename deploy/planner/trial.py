@@ -79,8 +79,10 @@ def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
         sim["profile"] = files[0] if files[0] == files[1] else dict(zip(map(str, Role), files, strict=True))
     if goal.hardware is not None:
         sim["hardware"] = goal.hardware.name
-    if goal.shape is not None and goal.shape.name != goal.model:
-        sim["shape"] = goal.shape.name
+    base = goal.base
+    model = base.get("model", goal.model)
+    if goal.shape is not None and goal.shape.name != model:
+        sim["shape"] = goal.model if model != goal.model else goal.shape.name
     network: dict[str, Any] = {}
     if goal.hardware is not None and goal.gpus_per_node != goal.hardware.gpus_per_node:
         network["gpus_per_node"] = goal.gpus_per_node
@@ -90,13 +92,17 @@ def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
         sim["network"] = network
     raw: dict[str, Any] = {
         "name": "plan",
-        "model": goal.model,
         "device": "cpu" if goal.hardware is None else "gpu",
-        "engine_options": {"max_model_len": goal.max_model_len},
-        "prefill": _pool(deployment.prefill or deployment.decode, deployment.prefill_count),
-        "decode": _pool(deployment.decode, deployment.decode_count),
-        "slo": _slo(goal),
-        "sim": sim,
+        **base,
+        "model": model,
+        "engine_options": {**base.get("engine_options", {}), "max_model_len": goal.max_model_len},
+        "prefill": {
+            **base.get("prefill", {}),
+            **_pool(deployment.prefill or deployment.decode, deployment.prefill_count),
+        },
+        "decode": {**base.get("decode", {}), **_pool(deployment.decode, deployment.decode_count)},
+        "slo": {**base.get("slo", {}), **_slo(goal)},
+        "sim": {**base.get("sim", {}), **sim},
     }
     if not deployment.is_split:
         raw["policy"] = UNSPLIT

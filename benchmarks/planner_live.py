@@ -1,0 +1,93 @@
+"""A plan for the CPU cluster of this machine, deployed and measured (Markdown):
+
+python -m benchmarks.planner_live
+
+Measures the running cluster as `pdserve profile --url` does, plans for it, serves the plan's spec, and
+verifies it at half of the planned goodput and at all of it, with the commands that a user has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.cluster import PORT, ROOT, URL, cluster, wait_serving
+from benchmarks.fidelity import build_model, spec_for
+
+# Lengths and bounds for which two cores are a cluster.
+PROMPT, ANSWER, CV = 192, 24, 1
+TTFT_MS, TPOT_MS = 1500, 150
+SHARES = (0.5, 1.0)
+
+
+def run(*words: str, code: tuple[int, ...] = (0,)) -> str:
+    """A command of the CLI; returns what it printed."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if ran.returncode not in code:
+        raise RuntimeError(f"{' '.join(words)}: {ran.returncode}\n{ran.stderr}")
+    return ran.stdout
+
+
+def planned(folder: Path, base: Path, seconds: int) -> dict[str, Any]:
+    """Profile and plan; the spec is `plan.yaml`."""
+    profile = folder / "profile.json"
+    with cluster("", str(base)) as running:
+        wait_serving(running)
+        limits = ("--max-prompt", "512", "--max-concurrency", "16", "--seconds", str(seconds))
+        print(run("profile", "--url", URL, "--out", str(profile), *limits), file=sys.stderr)
+    words = ["plan", "--model", "medium", "--profile", str(profile), "--gpus-total", "2", "--base", str(base)]
+    words += ["--isl", str(PROMPT), "--osl", str(ANSWER), "--rate", "0.1", "--cv", str(CV)]
+    words += ["--ttft", str(TTFT_MS), "--tpot", str(TPOT_MS), "--max-model-len", "1024", "--json"]
+    found: dict[str, Any] = json.loads(run(*words, "-o", str(folder / "plan.yaml")))
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=240, help="to profile for")
+    parser.add_argument("--requests", type=int, default=150, help="at each rate")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = spec_for(folder, build_model(folder, "medium"), "medium")
+        raw = yaml.safe_load(base.read_text())
+        raw["ingress"]["port"] = PORT
+        base.write_text(yaml.safe_dump(raw))
+        found = planned(folder, base, args.seconds)
+        goodput = found["chosen"]["goodput_rps"]
+        chosen = found["chosen"]["deployment"]
+        print(f"planned: {chosen}, {goodput:.2f} requests/s at {found['attainment']:.0%}\n")
+        print("| requests/s | attainment planned, measured | error (points) | TTFT | TPOT | cause |")
+        print("|---|---|---|---|---|---|")
+        with cluster("", str(folder / "plan.yaml")) as running:
+            wait_serving(running)
+            for share in SHARES:
+                rate = share * goodput
+                trace = f"gamma:rate={rate:.3f},count={args.requests},cv={CV},input={PROMPT},output={ANSWER}"
+                words = ["verify", "--plan", str(folder / "plan.yaml"), "--url", URL, "--trace", trace]
+                slo = ["--slo", f"ttft:{TTFT_MS}", f"tpot:{TPOT_MS}", "--json"]
+                result = json.loads(run(*words, *slo, code=(0, 1)))
+                figures = result["figures"]
+                met = figures["attainment"]
+                cells = [f"{rate:.2f}", f"{met['predicted']:.1%}, {met['measured']:.1%}"]
+                cells.append(f"{100 * met['error']:+.1f}")
+                cells += [
+                    f"{1e3 * figures[key]['predicted']:.0f}, {1e3 * figures[key]['measured']:.0f} ms "
+                    f"({figures[key]['error']:+.0%})"
+                    for key in ("TTFT, mean", "TPOT, mean")
+                ]
+                print(f"| {' | '.join([*cells, result['cause']])} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

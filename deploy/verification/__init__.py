@@ -1,0 +1,1 @@
+"""A plan beside what a running cluster does: how far off it was, why, and how fast its engines really are."""

@@ -17,6 +17,10 @@ from typing import IO, Any, NamedTuple
 # What a line may ask for, and how long an answer is where it does not say (vLLM's default, and a guess).
 ENDPOINTS = {"/v1/chat/completions": 256, "/v1/completions": 16, "/v1/responses": 256}
 LONGEST_CUSTOM_ID = 512
+# Beyond the longest prompts there are; a line is read and parsed in one go, while nobody else has a turn.
+MOST_LINE_BYTES = 8 << 20
+# Of what is wrong, shown to whoever sent it.
+MOST_SHOWN = 80
 # Prompts are compared in blocks of so many characters: about the 64 tokens that few caches go below.
 BLOCK_CHARS = 256
 NAME_BYTES = 8
@@ -78,9 +82,9 @@ def read_lines(file: IO[bytes], endpoint: str, most_lines: int) -> Iterator[Line
     """
     known: dict[str, int] = {}
     offset = number = 0
-    for raw in file:
+    for raw, size in _raw_lines(file):
         number += 1
-        begin, offset = offset, offset + len(raw)
+        begin, offset = offset, offset + size
         if not raw.strip():
             yield None
             continue
@@ -104,7 +108,7 @@ def read_lines(file: IO[bytes], endpoint: str, most_lines: int) -> Iterator[Line
         yield Line(
             number=number,
             offset=begin,
-            size=len(raw),
+            size=size,
             blocks=block_names(prompt),
             input_tokens=max(1.0, len(prompt) / CHARS_PER_TOKEN),
             output_tokens=_output_tokens(asked.body, ENDPOINTS[endpoint]),
@@ -113,8 +117,24 @@ def read_lines(file: IO[bytes], endpoint: str, most_lines: int) -> Iterator[Line
         yield BadLine("empty_file", "the file has no requests", None)
 
 
+def _raw_lines(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """(line, its bytes in the file); of one that is too long just more than may be."""
+    while raw := file.readline(MOST_LINE_BYTES + 1):
+        size, end = len(raw), raw
+        while size > MOST_LINE_BYTES and not end.endswith(b"\n") and (end := file.readline(MOST_LINE_BYTES)):
+            size += len(end)
+        yield raw, size
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
 def parse_line(raw: bytes, endpoint: str) -> Asked:
     """What a line asks for. Raises LineRefused."""
+    if len(raw) > MOST_LINE_BYTES:
+        raise LineRefused("line_too_long", f"it has more than {MOST_LINE_BYTES >> 20} MiB")
     try:
         line = json.loads(raw)
     except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or nested without end
@@ -130,9 +150,9 @@ def parse_line(raw: bytes, endpoint: str) -> Asked:
             "custom_id",
         )
     if (method := line.get("method", "POST")) != "POST":
-        raise LineRefused("invalid_method", f"method {method!r} is not POST", "method")
+        raise LineRefused("invalid_method", f"method {_shown(method)} is not POST", "method")
     if (url := line.get("url")) != endpoint:
-        raise LineRefused("invalid_url", f"url {url!r} is not the batch's endpoint {endpoint}", "url")
+        raise LineRefused("invalid_url", f"url {_shown(url)} is not the batch's endpoint {endpoint}", "url")
     body = line.get("body")
     if not isinstance(body, dict):
         raise LineRefused("invalid_body", "body is to be a JSON object", "body")
@@ -143,7 +163,7 @@ def parse_line(raw: bytes, endpoint: str) -> Asked:
 
 def custom_ids(file: IO[bytes], endpoint: str) -> Iterator[tuple[int, str]]:
     """(line number, custom_id) of the good lines."""
-    for number, raw in enumerate(file, 1):
+    for number, (raw, _) in enumerate(_raw_lines(file), 1):
         with suppress(LineRefused):
             yield number, parse_line(raw, endpoint).custom_id
 

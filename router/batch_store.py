@@ -309,5 +309,8 @@ def _is_abandoned(place: Path, now_s: float) -> bool:
 def _replace(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all."""
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    part.write_bytes(content)
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
     part.replace(path)

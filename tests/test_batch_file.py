@@ -132,3 +132,28 @@ def test_nesting_without_end_is_a_bad_line_and_a_huge_number_is_none() -> None:
     assert bad.code == "invalid_json_line"
     (good,) = [one for one in read(line(body={"max_tokens": 10**400})) if isinstance(one, Line)]
     assert float(good.output_tokens) < 1e9
+
+
+def test_a_line_that_is_too_long_is_bad_and_the_next_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.batch_file.MOST_LINE_BYTES", 200)
+    good = line("z")
+    size = len(json.dumps(good)) + 1
+    for extra in (150, 200, 201, 250, 400, 1000):
+        long = json.dumps(line("long", pad="x" * extra)).encode() + b"\n"
+        bad, last = read(long, good)
+        assert isinstance(bad, BadLine)
+        assert (bad.code, bad.line) == ("line_too_long", 1)
+        assert isinstance(last, Line)
+        assert (last.number, last.offset, last.size) == (2, len(long), size)
+        raw = io.BytesIO(long + json.dumps(good).encode())
+        assert list(custom_ids(raw, CHAT)) == [(2, "z")]
+    # One without an end.
+    (bad,) = read(json.dumps(line("long", pad="x" * 500)).encode())
+    assert isinstance(bad, BadLine)
+    assert bad.code == "line_too_long"
+
+
+def test_what_is_wrong_is_not_sent_back_whole() -> None:
+    (bad,) = read(line(url="x" * 10_000))
+    assert isinstance(bad, BadLine)
+    assert len(bad.message) < 300

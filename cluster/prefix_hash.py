@@ -21,7 +21,7 @@ def chain(before: int, block: Sequence[int]) -> int:
 
     Hashes of ints and of tuples of them are the same in every process of one Python version.
     """
-    return hash((before, *block))
+    return hash((before, tuple(block)))
 
 
 def chain_hashes(tokens: Sequence[int], block_size: int, before: int = 0) -> Iterator[int]:
@@ -31,6 +31,7 @@ def chain_hashes(tokens: Sequence[int], block_size: int, before: int = 0) -> Ite
         before: name of the block that they follow.
     """
     name = before
-    for end in range(block_size, len(tokens) + 1, block_size):
-        name = hash((name, *tokens[end - block_size : end]))  # as `chain`, of which a prompt has hundreds
+    # As `chain`, of which a prompt has hundreds: one iterator in so many places gives a block a time.
+    for block in zip(*[iter(tokens)] * block_size, strict=False):
+        name = hash((name, block))
         yield name

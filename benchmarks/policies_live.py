@@ -1,11 +1,14 @@
-"""Policies against each other, live: twins in Ray actors behind vLLM's front end (Markdown).
+"""Policies against each other, live: in Ray actors behind vLLM's front end (Markdown).
 
 python -m benchmarks.policies_live --model .cache/models/tiny
 python -m benchmarks.policies_live --policies goodput mooncake least_tokens --rounds 2
+python -m benchmarks.policies_live --engine vllm --rate 20
 
-Two prefill and two decode instances of Llama-3-70B on H100s, conversations of three SLO classes whose bounds
-go along in headers, at a load that the policies differ at. The last column is the simulator's answer for the
-same requests. Every policy has a cluster of its own, one after the other.
+Two prefill and two decode instances, conversations of three SLO classes whose bounds go along in headers, at a
+load that the policies differ at; every policy has a cluster of its own, one after the other. Twins are of
+Llama-3-70B on H100s, and the last column is the simulator's answer for the same requests. vLLM's engines
+compute the tiny model on this machine's CPUs, with nothing to predict from but what the router learns, and
+bounds that are multiples of what it takes alone.
 """
 
 from __future__ import annotations
@@ -14,21 +17,30 @@ import argparse
 import asyncio
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
 
 from benchmarks.parity import PORT, WARM_UP_COUNT, WARM_UP_RPS, parity_spec, workload
 from benchmarks.policies import MIXED
-from cluster.spec import ClusterSpec
+from cluster.instance import Role
+from cluster.request import Slo
+from cluster.spec import ClusterSpec, load_spec
 from deploy.ray_up import serving
 from deploy.replay import ReplayOptions, replay
 from deploy.replay_report import ReplayReport
 from deploy.simulator.run import Simulation
 from deploy.slo_classes import SloClass, assign_slo_classes
+from deploy.trace_shapes import conversation_like
 from deploy.workload import WorkloadRequest
 from router.policies import POLICIES
 
+ROOT = Path(__file__).resolve().parent.parent
+# Of the times alone: TTFT and TPOT of the three classes.
+MULTIPLES = ((8.0, 3.0), (25.0, 6.0), (200.0, 20.0))
+ALONE_RPS, ALONE_COUNT = 1.0, 20
+VLLM_MAX_INPUT, VLLM_MAX_OUTPUT = 1500, 64
 URL = f"http://127.0.0.1:{PORT}"
 
 
@@ -38,10 +50,36 @@ def spec_of(model: str, policy: str, order: str) -> ClusterSpec:
     return spec.model_copy(update={"policy": policy, "prefill_order": order, "ingress": ingress})
 
 
+def conversations(rate_rps: float, count: int, seed: int) -> list[WorkloadRequest]:
+    """As long as two cores serve them."""
+    return conversation_like(
+        count, rate_rps=rate_rps, max_input=VLLM_MAX_INPUT, max_output=VLLM_MAX_OUTPUT, rng=Random(seed)
+    )
+
+
 async def send(
     requests: list[WorkloadRequest], classes: tuple[SloClass, ...] | None, seed: int
 ) -> ReplayReport:
     return await replay(URL, requests, ReplayOptions(seed=seed, classes=classes))
+
+
+def vllm_spec(model: str, policy: str, order: str) -> ClusterSpec:
+    """`cpu.yaml` with two instances of each phase."""
+    spec = load_spec(ROOT / "deploy" / "specs" / "cpu.yaml", {"model": model, "policy": policy})
+    two = {str(role): spec.pool(role).model_copy(update={"count": 2, "cpus": 0.5}) for role in Role}
+    ingress = spec.ingress.model_copy(update={"port": PORT})
+    return spec.model_copy(update={"prefill_order": order, "ingress": ingress, **two})
+
+
+def bounds_of(alone: ReplayReport) -> tuple[SloClass, ...]:
+    """Three classes, in multiples of the median times of requests that were alone."""
+    ttft, tpot = alone.latencies["ttft_s"], alone.latencies["tpot_s"]
+    assert ttft is not None
+    assert tpot is not None
+    return tuple(
+        replace(one, slo=Slo(ttft_s=first * ttft.p50, tpot_s=each * tpot.p50))
+        for one, (first, each) in zip(MIXED, MULTIPLES, strict=True)
+    )
 
 
 def simulated(spec: ClusterSpec, requests: list[WorkloadRequest], classes: tuple[SloClass, ...]) -> float:
@@ -55,28 +93,38 @@ def main() -> None:
     )
     known = [name for name in POLICIES if name != "unsplit"]
     parser.add_argument("--model", default=".cache/models/tiny", help="checkpoint, for its tokenizer")
+    parser.add_argument("--engine", choices=["sim", "vllm"], default="sim")
     parser.add_argument("--policies", nargs="+", choices=known, default=known)
     parser.add_argument("--order", choices=["arrival", "deadline"], default="deadline", help="of prompts")
     parser.add_argument("--rate", type=float, default=24.0)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
+    made = spec_of if args.engine == "sim" else vllm_spec
+    load = workload if args.engine == "sim" else conversations
+    mixed = MIXED
     print("| policy | within SLO live, by round | mean | rejected | simulated |\n|---|---|---|---|---|")
     for policy in args.policies:
-        spec = spec_of(args.model, policy, args.order)
+        spec = made(args.model, policy, args.order)
         rounds, rejected, twins = [], [], []
         with serving(spec, say=lambda line: print(line, file=sys.stderr)):
-            asyncio.run(send(workload(WARM_UP_RPS, WARM_UP_COUNT, 999), None, 999))
+            asyncio.run(send(load(WARM_UP_RPS, WARM_UP_COUNT, 999), None, 999))
+            if args.engine == "vllm" and mixed is MIXED:  # the same bounds for all policies
+                mixed = bounds_of(asyncio.run(send(load(ALONE_RPS, ALONE_COUNT, 998), None, 998)))
+                told = ", ".join(f"{1e3 * c.slo.ttft_s:.0f} and {1e3 * c.slo.tpot_s:.0f} ms" for c in mixed)
+                print(f"bounds: {told}", file=sys.stderr)
             for seed in range(args.rounds):
-                requests = workload(args.rate, args.count, seed)
-                classes = assign_slo_classes(requests, MIXED, Random(seed))
+                requests = load(args.rate, args.count, seed)
+                classes = assign_slo_classes(requests, mixed, Random(seed))
                 report = asyncio.run(send(requests, classes, seed))
                 rounds.append(report.met / len(requests))
                 rejected.append(report.counts["rejected"] / len(requests))
-                twins.append(simulated(spec, requests, classes))
+                if args.engine == "sim":
+                    twins.append(simulated(spec, requests, classes))
         by_round = ", ".join(f"{share:.1%}" for share in rounds)
         print(
-            f"| {policy} | {by_round} | {fmean(rounds):.1%} | {fmean(rejected):.1%} | {fmean(twins):.1%} |",
+            f"| {policy} | {by_round} | {fmean(rounds):.1%} | {fmean(rejected):.1%} "
+            f"| {f'{fmean(twins):.1%}' if twins else '-'} |",
             flush=True,
         )
 

@@ -4,8 +4,8 @@ python -m benchmarks.policies_live --model .cache/models/tiny
 python -m benchmarks.policies_live --policies goodput mooncake least_tokens --rounds 2
 python -m benchmarks.policies_live --engine vllm --rate 20
 
-Two prefill and two decode instances, conversations of three SLO classes whose bounds go along in headers, at a
-load that the policies differ at; every policy has a cluster of its own, one after the other. Twins are of
+Two prefill and two decode instances, conversations of three SLO classes whose bounds go along in headers, at
+a load that the policies differ at; every policy has a cluster of its own, one after the other. Twins are of
 Llama-3-70B on H100s, and the last column is the simulator's answer for the same requests. vLLM's engines
 compute the tiny model on this machine's CPUs, with nothing to predict from but what the router learns, and
 bounds that are multiples of what it takes alone.

@@ -64,7 +64,7 @@ def test_json_is_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
         ([], 2, "give --ttft and --tpot"),
         (["--tpot", "50"], 2, "give --ttft"),
         (["--ttft", "5", "--slo", "x.yaml"], 2, "give --slo, or"),
-        (["--ttft", "5", "--tpot", "5", "--sweep", "rate=1:2:1"], 2, "--sweep and --html go together"),
+        (["--ttft", "5", "--tpot", "5", "--sweep", "rate=1:2:1"], 2, "give --html"),
         (["--ttft", "5", "--tpot", "5", "-o", "/no/such/place/plan.yaml"], 2, "there is no directory"),
         (["--ttft", "5", "--trace", "fixed:rate=1,count=9,input=9,output=9"], 2, "where there is no --trace"),
     ],

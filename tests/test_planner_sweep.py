@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from deploy.planner.plan import Plan
+from deploy.planner.report import page
 from deploy.planner.search import plan
-from deploy.planner.sweep import Sweep, curves_of, page, write_sweep
+from deploy.planner.sweep import Sweep, curves_of, sweep, sweep_figure
 from deploy.planner.workers import Here
 from tests.plans import goal_of, short_trials
 
@@ -55,13 +55,12 @@ def test_what_is_no_range_is_refused(text: str) -> None:
         Sweep.parse("rate=1:100:1")
 
 
-def test_attainment_falls_with_the_rate(made: Plan, tmp_path: Path) -> None:
-    file = tmp_path / "sweep.html"
-    write_sweep(made.goal, made, "rate=2:32:4x", file, say=lambda line: None)
-    text = file.read_text()
+def test_attainment_falls_with_the_rate(made: Plan) -> None:
+    range_, curves = sweep(made.goal, made, "rate=2:32:4x", jobs=2, say=lambda line: None)
+    text = page(made, (range_, curves))
     ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>"))
     assert text.count("<polyline") == 3
-    curves = curves_of(made.goal, made, Sweep.parse("rate=2:32:4x"), Here(made.goal), lambda line: None)
+    assert curves == curves_of(made.goal, made, range_, Here(made.goal), lambda line: None)
     for curve in curves.values():
         shares = [share for _, share in curve if share is not None]
         assert shares[0] > shares[-1]
@@ -85,4 +84,15 @@ def test_gpus_are_planned_for_anew(made: Plan) -> None:
     assert curves["split"][0][1] is None  # one GPU can't be split
     assert curves["unsplit"][0][1] is not None
     assert curves["split"][1][1] is not None
-    assert "goodput" in page(goal, Sweep.parse("gpus=1:2:1"), curves)
+    assert "goodput" in sweep_figure(goal, Sweep.parse("gpus=1:2:1"), curves)
+
+
+def test_a_page_says_what_was_chosen_and_what_lost(made: Plan) -> None:
+    text = page(made)
+    root = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>"))
+    words = " ".join(root.itertext())
+    assert str(made.chosen.deployment) in words
+    for one in made.others:
+        assert str(one.deployment) in words
+        assert one.bottleneck in words
+    assert text == page(made)

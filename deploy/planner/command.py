@@ -68,7 +68,9 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     plan.add_argument("--ray", metavar="ADDRESS", help="simulate on a Ray cluster ('auto' or host:port)")
     plan.add_argument("--compare", action="store_true", help="print every candidate that was simulated")
     plan.add_argument("--sweep", metavar="WHAT=FROM:TO:STEP", help="rate=1:50:2x, slo_scale=, isl= or gpus=")
-    plan.add_argument("--html", type=Path, metavar="FILE", help="write the curves of --sweep as a page")
+    plan.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page with pictures"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("--base", type=Path, metavar="SPEC", help="whose other keys the plan's spec has")
     plan.add_argument("-o", "--output", type=Path, metavar="SPEC", help="write the spec")
@@ -87,8 +89,8 @@ def run_plan(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     for path in (args.output, args.html):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no directory {path.absolute().parent}")
-    if (args.sweep is None) != (args.html is None):
-        raise ValueError("--sweep and --html go together: the curves are drawn into that page")
+    if args.sweep is not None and args.html is None:
+        raise ValueError("--sweep draws into a page: give --html")
     goal = goal_from(args)
     try:
         made = plan(goal, jobs=args.jobs, workers=_on_ray(args.ray, goal), say=say)
@@ -103,10 +105,13 @@ def run_plan(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             print(f"{one.deployment!s:<44} {why_lost(one)}")
         for unseen in made.unseen:
             print(f"{unseen!s:<44} not simulated: can't be better by what it could do at most")
-    if args.sweep is not None:
-        from deploy.planner.sweep import write_sweep
+    if args.html is not None:
+        from deploy.planner.report import page
+        from deploy.planner.sweep import sweep
 
-        write_sweep(goal, made, args.sweep, args.html, jobs=args.jobs, say=say)
+        swept = sweep(goal, made, args.sweep, jobs=args.jobs, say=say) if args.sweep else None
+        args.html.write_text(page(made, swept), encoding="utf-8")
+        say(f"wrote {args.html}")
     if args.output is not None:
         args.output.write_text(made.to_yaml(), encoding="utf-8")
         say(_next(args))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from cluster.request import Slo
 from deploy.planner.deployment import Deployment
@@ -17,7 +16,6 @@ from deploy.planner.goal import Goal, Infeasible
 from deploy.planner.plan import Plan
 from deploy.planner.trial import Found, goodput, simulate
 from deploy.planner.workers import Cores, Here, Workers
-from deploy.simulator.page import SCRIPT, STYLE
 from deploy.simulator.svg_plot import Axis, Plot, escape
 from deploy.workload import WorkloadRequest
 
@@ -67,18 +65,15 @@ class Sweep:
         return cls(what=what, values=tuple(values))
 
 
-def write_sweep(
-    goal: Goal, made: Plan, text: str, path: Path, *, jobs: int = 1, say: Callable[[str], None]
-) -> None:
-    """Simulate the range and write the page. Raises ValueError for a range that is none."""
-    sweep = Sweep.parse(text)
+def sweep(
+    goal: Goal, made: Plan, text: str, *, jobs: int = 1, say: Callable[[str], None]
+) -> tuple[Sweep, dict[str, Curve]]:
+    """Simulate a range. Raises ValueError for one that is none."""
+    wanted = Sweep.parse(text)
     if jobs > 1:
         with Cores(goal, jobs) as cores:
-            curves = curves_of(goal, made, sweep, cores, say)
-    else:
-        curves = curves_of(goal, made, sweep, Here(goal), say)
-    path.write_text(page(goal, sweep, curves), encoding="utf-8")
-    say(f"wrote {path}")
+            return wanted, curves_of(goal, made, wanted, cores, say)
+    return wanted, curves_of(goal, made, wanted, Here(goal), say)
 
 
 def curves_of(
@@ -99,8 +94,8 @@ def curves_of(
     return curves
 
 
-def page(goal: Goal, sweep: Sweep, curves: dict[str, Curve]) -> str:
-    """The page's text."""
+def sweep_figure(goal: Goal, sweep: Sweep, curves: dict[str, Curve]) -> str:
+    """The curves as a figure of HTML."""
     is_share = sweep.what == "rate"
     highest = max(
         (value for curve in curves.values() for _, value in curve if value is not None), default=1.0
@@ -111,7 +106,8 @@ def page(goal: Goal, sweep: Sweep, curves: dict[str, Curve]) -> str:
         if is_share
         else Axis.from_zero("goodput, requests/s and GPU", highest)
     )
-    plot = Plot(x=x, y=y, about=f"{y.label} over {x.label}")
+    title = f"{y.label} over {x.label}"
+    plot = Plot(x=x, y=y, about=title)
     for number, (name, curve) in enumerate(curves.items()):
         plot.line(curve, f"c{number}", name)
     if is_share:
@@ -121,20 +117,9 @@ def page(goal: Goal, sweep: Sweep, curves: dict[str, Curve]) -> str:
     legend = "".join(
         f'<li><i class="{css}"></i>{escape(name)}</li>' for css, name in zip(colours, names, strict=False)
     )
-    title = f"{y.label} over {x.label}: {goal.model}"
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8"/>',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head><body><main>",
-            f"<h1>{escape(title)}</h1>",
-            f'<p class="sub">{escape(goal.describe_workload())}</p>',
-            f'<div class="figures"><figure class="wide"><ul class="legend">{legend}</ul>',
-            f"{plot.svg()}</figure></div>",
-            '</main><div id="tip" hidden="hidden"></div>',
-            f"<script>\n{SCRIPT.read_text(encoding='utf-8')}</script></body></html>\n",
-        ]
+    return (
+        f'<figure class="wide"><figcaption>{escape(title)}</figcaption>'
+        f'<ul class="legend">{legend}</ul>{plot.svg()}</figure>'
     )
 
 

@@ -38,9 +38,9 @@ SURFACE = {
     ],
     "plan": [
         "--attainment", "--base", "--compare", "--cv", "--gpu", "--gpus-per-node", "--gpus-total", "--html",
-        "--isl", "--jobs", "--json", "--limit", "--max-model-len", "--max-output", "--model", "--node-gbps",
-        "--nodes", "--objective", "--osl", "--output", "--parts", "--pipeline", "--profile", "--rate",
-        "--ray", "--seed", "--slo", "--speedup", "--sweep", "--tpot", "--trace", "--ttft",
+        "--isl", "--jobs", "--json", "--limit", "--max-kw", "--max-model-len", "--max-output", "--model",
+        "--node-gbps", "--nodes", "--objective", "--osl", "--output", "--parts", "--pipeline", "--profile",
+        "--rate", "--ray", "--seed", "--slo", "--speedup", "--sweep", "--tpot", "--trace", "--ttft",
     ],
     "verify": [
         "--json", "--limit", "--max-model-len", "--max-output", "--model", "--plan", "--rate", "--replay",

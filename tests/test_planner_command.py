@@ -63,6 +63,7 @@ def test_json_is_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (["--ttft", "500", "--tpot", "50", "--attainment", "2"], 2, "--attainment is 2"),
         ([], 2, "give --ttft and --tpot"),
         (["--tpot", "50"], 2, "give --ttft"),
+        (["--ttft", "5", "--tpot", "5", "--max-kw", "all=5"], 2, "expected 20, or prefill=12"),
         (["--ttft", "5", "--slo", "x.yaml"], 2, "give --slo, or"),
         (["--ttft", "5", "--tpot", "5", "--sweep", "rate=1:2:1"], 2, "give --html"),
         (["--ttft", "5", "--tpot", "5", "-o", "/no/such/place/plan.yaml"], 2, "there is no directory"),

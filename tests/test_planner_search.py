@@ -14,6 +14,7 @@ from deploy.planner.capacity import Capacity, splits, unsplits
 from deploy.planner.deployment import Deployment
 from deploy.planner.goal import Infeasible
 from deploy.planner.plan import Plan
+from deploy.planner.price import watts
 from deploy.planner.search import plan
 from deploy.planner.trial import goodput, simulate, spec_of
 from tests.plans import COARSE, goal_of, short_trials
@@ -113,6 +114,17 @@ def test_a_cluster_of_many_gpus_is_copies_of_a_part(monkeypatch: pytest.MonkeyPa
     assert whole.deployment == part.deployment.times(2)
     # A larger pool does at least as much: it is searched from the sum of its parts on.
     assert whole.goodput_rps >= 2 * 0.9 * part.goodput_rps
+
+
+def test_a_cap_on_power_leaves_gpus_dark() -> None:
+    goal = goal_of(gpus=4, seeds=1, max_watts={"all": 1500.0})
+    found = plan(goal).chosen.deployment
+    drawn = watts(goal, found)
+    assert drawn is not None
+    assert drawn <= 1500.0
+    assert found.gpus < 4
+    with pytest.raises(Infeasible, match=r"draws so little: 0\.1 kW of all"):
+        plan(replace(goal, max_watts={"all": 100.0}))
 
 
 def test_the_least_gpus_that_hold_the_rate() -> None:

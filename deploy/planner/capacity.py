@@ -7,9 +7,9 @@ for requests that may be refused (a tenth of them, the costly ones first).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 from statistics import fmean
 
@@ -182,7 +182,16 @@ def _all_layouts(goal: Goal) -> Iterator[Layout]:
         tensor *= 2
 
 
-def splits(capacity: Capacity, layouts: Sequence[Layout], gpus: int) -> list[Deployment]:
+Allowed = Callable[[Deployment], bool]
+
+
+def _any(_: Deployment) -> bool:
+    return True
+
+
+def splits(
+    capacity: Capacity, layouts: Sequence[Layout], gpus: int, allowed: Allowed = _any
+) -> list[Deployment]:
     """The best ratio, by closed form, for every pair of layouts (P/D-Serve, arXiv 2408.08147), the one with
     the most requests per second and GPU first."""
     found: list[Deployment] = []
@@ -190,40 +199,42 @@ def splits(capacity: Capacity, layouts: Sequence[Layout], gpus: int) -> list[Dep
         for decode in layouts:
             options = []
             for count in range(1, (gpus - decode.gpus) // prefill.gpus + 1):
-                decodes = (gpus - count * prefill.gpus) // decode.gpus
-                options.append(
+                most = (gpus - count * prefill.gpus) // decode.gpus
+                sizes = (
                     Deployment(prefill=prefill, prefill_count=count, decode=decode, decode_count=decodes)
+                    for decodes in range(most, 0, -1)
                 )
+                options += list(islice(filter(allowed, sizes), 1))
             if options:
                 found.append(max(options, key=capacity.rps))
     return sorted(found, key=lambda one: (-capacity.rps(one) / one.gpus, one.gpus, str(one)))
 
 
-def unsplits(capacity: Capacity, layouts: Sequence[Layout], gpus: int) -> list[Deployment]:
+def unsplits(
+    capacity: Capacity, layouts: Sequence[Layout], gpus: int, allowed: Allowed = _any
+) -> list[Deployment]:
     """Without the split, the one that could do most first."""
-    found = [
-        Deployment(prefill=None, prefill_count=0, decode=layout, decode_count=gpus // layout.gpus)
-        for layout in layouts
-        if layout.gpus <= gpus
-    ]
+    found: list[Deployment] = []
+    for layout in layouts:
+        sizes = (
+            Deployment(prefill=None, prefill_count=0, decode=layout, decode_count=count)
+            for count in range(gpus // layout.gpus, 0, -1)
+        )
+        found += islice(filter(allowed, sizes), 1)
     return sorted(found, key=lambda one: (-capacity.rps(one) / one.gpus, one.gpus, str(one)))
 
 
-def neighbours(deployment: Deployment, gpus: int) -> list[Deployment]:
-    """With an instance more or less of a phase, as far as the GPUs go."""
+def neighbours(deployment: Deployment, gpus: int, allowed: Allowed = _any) -> list[Deployment]:
+    """With an instance or two more or less of a phase, as far as the GPUs go."""
     if deployment.prefill is None:
         return []
-    found: Counter[Deployment] = Counter()
+    found: list[Deployment] = []
     for prefills in range(max(1, deployment.prefill_count - 2), deployment.prefill_count + 3):
-        decodes = (gpus - prefills * deployment.prefill.gpus) // deployment.decode.gpus
-        if decodes > 0:
-            found[
-                Deployment(
-                    prefill=deployment.prefill,
-                    prefill_count=prefills,
-                    decode=deployment.decode,
-                    decode_count=decodes,
-                )
-            ] += 1
-    found.pop(deployment, None)
+        most = (gpus - prefills * deployment.prefill.gpus) // deployment.decode.gpus
+        sizes = (
+            replace(deployment, prefill_count=prefills, decode_count=decodes)
+            for decodes in range(most, 0, -1)
+        )
+        found += islice(filter(allowed, sizes), 1)
+    found = [one for one in found if one != deployment]
     return sorted(found, key=lambda one: (abs(one.prefill_count - deployment.prefill_count), str(one)))

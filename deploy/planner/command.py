@@ -59,6 +59,13 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     plan.add_argument("--attainment", type=float, default=0.9, metavar="X", help="default %(default)s")
     plan.add_argument("--objective", choices=OBJECTIVES, default="goodput_per_gpu")
     plan.add_argument(
+        "--max-kw",
+        nargs="+",
+        default=[],
+        metavar="KW",
+        help="most power, as in 20, or prefill=12 decode=8 for the pools",
+    )
+    plan.add_argument(
         "--pipeline", action="store_true", help="also pipeline stages; only twins serve them yet"
     )
     plan.add_argument(
@@ -68,9 +75,7 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     plan.add_argument("--ray", metavar="ADDRESS", help="simulate on a Ray cluster ('auto' or host:port)")
     plan.add_argument("--compare", action="store_true", help="print every candidate that was simulated")
     plan.add_argument("--sweep", metavar="WHAT=FROM:TO:STEP", help="rate=1:50:2x, slo_scale=, isl= or gpus=")
-    plan.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a page with pictures"
-    )
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("--base", type=Path, metavar="SPEC", help="whose other keys the plan's spec has")
     plan.add_argument("-o", "--output", type=Path, metavar="SPEC", help="write the spec")
@@ -159,8 +164,23 @@ def goal_from(args: argparse.Namespace) -> Goal:
         seeds=args.parts,
         max_model_len=args.max_model_len or -(-longest // 1024) * 1024,
         node_gbps=args.node_gbps,
+        max_watts=_watts(args.max_kw),
         base=_base(args.base),
     )
+
+
+def _watts(words: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for word in words:
+        pool, sign, number = word.rpartition("=")
+        try:
+            kilowatts = float(number)
+            if pool not in (("prefill", "decode") if sign else ("",)) or not 0 < kilowatts < math.inf:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"--max-kw: {word!r}, expected 20, or prefill=12 decode=8") from None
+        found[pool or "all"] = 1e3 * kilowatts
+    return found
 
 
 def _base(path: Path | None) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Goal:
         pipeline: whether layouts with pipeline stages may be chosen, which only twins can serve yet.
         seeds: parts of the workload that a figure is the mean of.
         max_model_len: of the engines.
+        max_watts: most power that may be drawn, of `all`, of `prefill` or of `decode` instances; none else.
         base: keys of a spec that the plan's spec begins with: engine options, ingress, deadlines, ...
         node_gbps: network between nodes, per GPU and direction; None for the hardware's.
     """
@@ -68,6 +69,7 @@ class Goal:
     seeds: int = 3
     max_model_len: int = 16_384
     node_gbps: float | None = None
+    max_watts: Mapping[str, float] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -34,12 +34,33 @@ def usd_per_hour(goal: Goal, deployment: Deployment) -> float | None:
 def watts(goal: Goal, deployment: Deployment) -> float | None:
     """While all instances compute; an unsplit instance may compute prompts at any time. None where the GPU's
     limit is not known."""
+    known = pool_watts(goal, deployment)
+    return sum(known.values()) if known is not None else None
+
+
+def pool_watts(goal: Goal, deployment: Deployment) -> dict[str, float] | None:
+    """By `prefill`, `decode` or `unsplit`."""
     limit = WATTS.get(goal.hardware.name) if goal.hardware else None
     if limit is None:
         return None
     if not deployment.is_split:
-        return limit * PREFILL_SHARE * deployment.gpus
-    return limit * (PREFILL_SHARE * deployment.prefill_gpus + DECODE_SHARE * deployment.decode_gpus)
+        return {"unsplit": limit * PREFILL_SHARE * deployment.gpus}
+    return {
+        "prefill": limit * PREFILL_SHARE * deployment.prefill_gpus,
+        "decode": limit * DECODE_SHARE * deployment.decode_gpus,
+    }
+
+
+def within_power(goal: Goal, deployment: Deployment) -> bool:
+    """Whether it keeps the caps (POLCA, arXiv 2308.12908). Raises ValueError where its power is not known."""
+    if not goal.max_watts:
+        return True
+    drawn = pool_watts(goal, deployment)
+    if drawn is None:
+        name = goal.hardware.name if goal.hardware else "this machine"
+        raise ValueError(f"--max-kw: the power is not known for {name}, but for {', '.join(WATTS)}")
+    drawn["all"] = sum(drawn.values())
+    return all(drawn.get(pool, 0.0) <= cap for pool, cap in goal.max_watts.items())
 
 
 def price_of(goal: Goal) -> Callable[[Deployment], float]:

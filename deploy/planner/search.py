@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 
 from deploy.planner.capacity import Capacity, neighbours, splits, unsplits
 from deploy.planner.deployment import Deployment
 from deploy.planner.goal import Goal, Infeasible
 from deploy.planner.plan import Candidate, Plan
-from deploy.planner.price import price_of
+from deploy.planner.price import price_of, within_power
 from deploy.planner.relax import relaxations
 from deploy.planner.trial import TOLERANCE, Found, goodput, simulate
 from deploy.planner.workers import Cores, Here, Workers
@@ -113,17 +114,20 @@ def _planned(goal: Goal, workers: Workers, say: Say) -> Plan:
     say(f"{goal.describe_workload()}; layouts {', '.join(map(str, layouts))}; {goal.gpus} GPUs")
     if goal.objective != "goodput_per_gpu":
         return _cheapest(goal, capacity, workers, say)
+    # Of a part, its part of the power.
+    share = replace(goal, max_watts={pool: cap / copies for pool, cap in goal.max_watts.items()})
+    allowed = partial(within_power, share)
     split = _Race(goal, capacity, workers, say)
-    split.run(splits(capacity, layouts, part))
+    split.run(splits(capacity, layouts, part, allowed))
     for _ in range(3):
         if split.best is None:
             break
         known = len(split.found) + len(split.lost)
-        split.run(neighbours(split.best.trial.deployment, part))
+        split.run(neighbours(split.best.trial.deployment, part, allowed))
         if known == len(split.found) + len(split.lost):
             break
     unsplit = _Race(goal, capacity, workers, say)
-    unsplit.run(unsplits(capacity, layouts, part))
+    unsplit.run(unsplits(capacity, layouts, part, allowed))
     return _decided(goal, split, unsplit, copies, workers)
 
 
@@ -134,6 +138,8 @@ def _decided(goal: Goal, split: _Race, unsplit: _Race, copies: int, workers: Wor
         key=lambda one: (-one.per_gpu_rps, one.trial.deployment.gpus, str(one.trial.deployment)),
     )
     if not ranked:
+        if goal.max_watts and not (split.lost or unsplit.lost):
+            raise Infeasible(why=_too_little_power(goal), remedies=("raise --max-kw",))
         raise Infeasible(
             why="no deployment keeps the SLOs of enough requests at any rate",
             remedies=("loosen the bounds",),
@@ -162,6 +168,11 @@ def _decided(goal: Goal, split: _Race, unsplit: _Race, copies: int, workers: Wor
         others=tuple(others),
         unseen=tuple(split.unseen + unsplit.unseen),
     )
+
+
+def _too_little_power(goal: Goal) -> str:
+    caps = ", ".join(f"{cap / 1e3:g} kW of {pool}" for pool, cap in goal.max_watts.items())
+    return f"no deployment of {goal.model} draws so little: {caps}"
 
 
 def _judged(goal: Goal, finalists: Sequence[Found], workers: Workers) -> list[Candidate]:
@@ -200,11 +211,14 @@ def _checked(goal: Goal, made: Plan, workers: Workers | None) -> Plan:
 def _cheapest(goal: Goal, capacity: Capacity, workers: Workers, say: Say) -> Plan:
     """The deployment of least GPUs, price or power that holds the rate."""
     layouts = capacity.layouts()
-    price = price_of(goal)
+    price, allowed = price_of(goal), partial(within_power, goal)
     found = {
         option
         for gpus in range(1, goal.gpus + 1)
-        for option in (*splits(capacity, layouts, gpus), *unsplits(capacity, layouts, gpus))
+        for option in (
+            *splits(capacity, layouts, gpus, allowed),
+            *unsplits(capacity, layouts, gpus, allowed),
+        )
         if option.gpus <= goal.gpus
         and option.decode_count
         and BEYOND * capacity.most_rps(option) >= goal.rate_rps
@@ -233,7 +247,10 @@ def _cheapest(goal: Goal, capacity: Capacity, workers: Workers, say: Say) -> Pla
                 )
             lost.append(Found(rate_rps=0.0, trial=trial))
     if not lost:  # not even by closed form: then those that could do most are the nearest
-        every = splits(capacity, layouts, goal.gpus) + unsplits(capacity, layouts, goal.gpus)
+        every = splits(capacity, layouts, goal.gpus, allowed)
+        every += unsplits(capacity, layouts, goal.gpus, allowed)
+        if not every:
+            raise Infeasible(why=_too_little_power(goal), remedies=("raise --max-kw",))
         most = sorted(every, key=lambda one: (-capacity.rps(one), str(one)))[:ROUND]
         trials = workers.map(simulate, [(one, goal.rate_rps, 0) for one in most])
         lost += [Found(rate_rps=0.0, trial=trial) for trial in trials]

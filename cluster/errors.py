@@ -106,6 +106,19 @@ class NoInstance(ServingError):
         return f"no {self.role} instance is ready{': ' + self.detail if self.detail else ''}"
 
 
+class UnknownInstance(ServingError):
+    """There is no READY instance of that name. Facts: `instance`, `known` (places of the spec)."""
+
+    http_status = 404
+    reason = "unknown-instance"
+
+    instance: str
+    known: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"{self.instance!r} is no instance that is ready; there are {', '.join(self.known)}"
+
+
 class Rejected(ServingError):
     """The cluster is too busy to keep the request's SLO. Facts: `ttft_s`, `tpot_s` (predicted),
     `ttft_bound_s`, `tpot_bound_s`, `retry_after_s`."""

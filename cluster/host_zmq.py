@@ -59,6 +59,7 @@ class EngineHost:
         self._calls: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._stepped = asyncio.Event()
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self.steps = 0
@@ -101,10 +102,14 @@ class EngineHost:
                 call.cancel()
 
     async def drained(self, deadline_s: float) -> bool:
-        """Wait until no request is left; False when the deadline passed first."""
+        """Wait until no request is left and nobody reads what was kept of those that went on elsewhere; False
+        when the deadline passed with a request here still."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
+                while self._engine.load().kv_usage > 0:
+                    self._stepped.clear()
+                    await self._stepped.wait()
         return not self._owner
 
     async def close(self) -> None:
@@ -188,6 +193,7 @@ class EngineHost:
         while True:
             step = await self._engine.outputs()
             self.steps += 1
+            self._stepped.set()
             if self._doorman is not None:
                 tell_doorman(self._doorman, step.outputs, self._now())
             load = wire.pack(self._engine.load())

@@ -34,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_status(commands)
     _add_explain(commands)
+    _add_drain(commands)
     _add_replay(commands)
     add_simulate(commands).set_defaults(run=_simulate)
     add_plan(commands).set_defaults(run=_plan)
@@ -74,6 +75,18 @@ def _add_explain(commands: Any) -> None:
     )
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(run=_explain)
+
+
+def _add_drain(commands: Any) -> None:
+    drain = commands.add_parser(
+        "drain", help="empty one instance, its streams going on elsewhere, and start it anew"
+    )
+    drain.add_argument("instance", metavar="INSTANCE", help="for example decode-0")
+    drain.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the cluster's URL (default %(default)s)"
+    )
+    drain.add_argument("--api-key", metavar="KEY", help="where the cluster asks for one")
+    drain.set_defaults(run=_drain)
 
 
 def _add_replay(commands: Any) -> None:
@@ -156,6 +169,14 @@ def _explain(args: argparse.Namespace) -> int:
     found = fetch_explanation(args.url, args.request)
     print(json.dumps(found, indent=2) if args.json else explanation_text(found))
     return EXIT_OK
+
+
+def _drain(args: argparse.Namespace) -> int:
+    from deploy.drain import drain_instance
+
+    clean = drain_instance(args.url, args.instance, args.api_key)
+    _say(f"{args.instance} {'is empty' if clean else 'was cut off at the deadline'}, and starts anew")
+    return EXIT_OK if clean else EXIT_FAILED
 
 
 def _replay(args: argparse.Namespace) -> int:

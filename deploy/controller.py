@@ -11,8 +11,8 @@ import random
 import uuid
 from typing import Protocol
 
-from cluster.errors import EnvironmentProblem, IncompatiblePeer, ServingError, SpecError
-from cluster.instance import Role
+from cluster.errors import EnvironmentProblem, IncompatiblePeer, ServingError, SpecError, UnknownInstance
+from cluster.instance import InstanceState, Role
 from cluster.registry import Membership, Registry
 from cluster.spec import ClusterSpec
 from cluster.worker import Ready
@@ -88,6 +88,16 @@ class Controller:
         """A worker says what it is doing while it starts."""
         self._registry.progress(instance_id, incarnation=incarnation, detail=phase)
         await self._announce()
+
+    async def drain(self, instance_id: str, deadline_s: float) -> bool:
+        """Let one instance's requests end or go on elsewhere, end it, and start another life in its place;
+        False when the deadline cut requests off. Raises UnknownInstance for one that is not READY."""
+        handle = self._handles.get(instance_id)
+        if handle is None or self._registry.get(instance_id).state is not InstanceState.READY:
+            raise UnknownInstance(instance=instance_id, known=tuple(dict(self._spec.places())))
+        self._registry.draining(instance_id)
+        await self._announce()
+        return await self._drain(handle, deadline_s)
 
     async def stop(self, deadline_s: float) -> bool:
         """Drain every instance and end it; False when the deadline cut requests off."""

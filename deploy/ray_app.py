@@ -88,6 +88,7 @@ class IngressReplica:
 
         engine = SIM_ENGINE_NAME if self._spec.engine == "sim" else VLLM_ENGINE_NAME
         core = ClusterCore(self._spec, IngressMetrics(REGISTRY), ingress=self._name, engine=engine)
+        core.drain_instance = self._drain
         app = await build_server(self._spec, core)
         watching = asyncio.create_task(self._watch(controller, core), name="watch-membership")
         self._engine_client = app.state.engine_client
@@ -104,6 +105,12 @@ class IngressReplica:
         """Serve's hook: raises when this replica can't work again, so that Serve replaces it."""
         if self._engine_client is not None and self._engine_client.errored:
             raise RuntimeError("vLLM's output handler has died")
+
+    async def _drain(self, instance_id: str) -> bool:
+        deadline_s = self._spec.deadlines.drain_s
+        controller = await self._controller()
+        async with asyncio.timeout(deadline_s + CONTROLLER_DEADLINE_S):
+            return bool(await controller.drain.remote(instance_id, deadline_s))
 
     async def _controller(self) -> Any:
         """The cluster's controller, started.

@@ -48,6 +48,9 @@ class ControllerActor:
     async def progress(self, instance_id: str, incarnation: str, phase: str) -> None:
         await self._controller.progress(instance_id, incarnation, phase)
 
+    async def drain(self, instance_id: str, deadline_s: float) -> bool:
+        return await self._controller.drain(instance_id, deadline_s)
+
     async def stop(self, deadline_s: float) -> bool:
         return await self._controller.stop(deadline_s)
 

@@ -14,7 +14,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -107,6 +107,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         engine_ranks_managed: engine indices for vLLM's metrics, one per place of the spec.
         ingress: name of this replica.
         decisions: what it decided lately, and what came of it.
+        drain_instance: empties an instance and has it replaced, where somebody supervises them; says whether
+            nobody was cut off.
     """
 
     def __init__(self, spec: ClusterSpec, metrics: IngressMetrics, *, ingress: str, engine: str) -> None:
@@ -114,6 +116,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         self.resources = SimpleNamespace(engine_dead=False)
         self.ingress = ingress
         self.decisions = Decisions(self._external_id)
+        self.drain_instance: Callable[[str], Awaitable[bool]] | None = None
         predictor = predictor_of(spec)
         self.router = Router(
             make_policy(spec.policy, predictor),

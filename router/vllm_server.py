@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from cluster import vllm_api
-from cluster.errors import SpecError
+from cluster.errors import SpecError, UnknownInstance
 from cluster.spec import ClusterSpec
 from cluster.vllm_options import server_arguments
 from router.batch_ask import asking
@@ -106,6 +106,18 @@ def _add_routes(app: FastAPI, core: ClusterCore, spec: ClusterSpec, key: str | N
             why = f"it does not decode, its sampler has a state, or {to!r} is not there"
             return _refusal(HTTPStatus.CONFLICT, why, headers)
         return JSONResponse({"moves": True}, headers=headers)
+
+    @app.post("/pdserve/drain/{instance_id}")
+    async def drain(instance_id: str, request: Request) -> Response:
+        """Empty an instance and start another life in its place; answers when it is empty."""
+        if key is not None and request.headers.get("authorization") != f"Bearer {key}":
+            return _refusal(HTTPStatus.UNAUTHORIZED, "the API key is needed", {})
+        if core.drain_instance is None:
+            return _refusal(HTTPStatus.NOT_IMPLEMENTED, "no controller supervises this cluster", {})
+        try:
+            return JSONResponse({"clean": await core.drain_instance(instance_id)})
+        except UnknownInstance as error:
+            return _refusal(HTTPStatus(error.http_status), str(error), {})
 
     @app.get("/live")
     async def live() -> dict[str, bool]:

@@ -28,6 +28,7 @@ SURFACE = {
     "up": ["--address", "--model", "--port", "spec"],
     "status": ["--json", "--url"],
     "explain": ["--json", "--url", "request"],
+    "drain": ["--api-key", "--url", "instance"],
     "replay": [
         "--cancel-share", "--goodput", "--json", "--limit", "--max-model-len", "--max-output", "--model",
         "--rate", "--save", "--seed", "--slo", "--speedup", "--timeout", "--url", "trace",

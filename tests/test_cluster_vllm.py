@@ -21,6 +21,7 @@ import pytest
 
 from cluster.batch_spec import BatchSpec
 from cluster.spec import ClusterSpec, load_spec
+from deploy.cli import main
 from deploy.status import fetch_status
 from deploy.status import read_metric as metric
 from deploy.tiny_model_torch import build_tiny_model
@@ -451,6 +452,31 @@ async def test_no_engine_is_bound_to_a_core_that_others_are_bound_to(url: str) -
     for row in rows:
         for thread in os.listdir(f"/proc/{row['pid']}/task"):
             assert os.sched_getaffinity(int(thread)) == os.sched_getaffinity(0), row["instance_id"]
+
+
+async def test_an_instance_is_drained_while_its_streams_go_on_elsewhere(url: str, client: Any) -> None:
+    await wait_ready(url, 60)
+    requests = [{"prompt": [300 + n] * (100 + 20 * n), "max_tokens": 1200} for n in range(8)]
+
+    async def all_of_them() -> list[list[int]]:
+        return await asyncio.gather(*(complete(client, request, stream=True) for request in requests))
+
+    undisturbed = await all_of_them()
+    recomputed = metric(url, "pdserve_kv_tokens_recomputed_total")
+    before = {row["instance_id"]: row["incarnation"] for row in decode_instances(url)}
+    streams = asyncio.create_task(all_of_them())
+    async with asyncio.timeout(30):
+        while not all(row["load"]["running"] for row in await asyncio.to_thread(decode_instances, url)):
+            await asyncio.sleep(0.05)
+    assert await asyncio.to_thread(main, ["drain", "decode-0", "--url", url]) == 0
+    assert not streams.done(), "they did not just end"
+    assert await streams == undisturbed
+    assert metric(url, 'pdserve_migrations_total{cause="drain"}') > 0
+    assert metric(url, "pdserve_kv_tokens_recomputed_total") == recomputed
+    await wait_ready(url, 90)
+    after = {row["instance_id"]: row["incarnation"] for row in decode_instances(url)}
+    assert [name for name in after if after[name] != before[name]] == ["decode-0"]
+    await kv_empty(url, 10.0)
 
 
 async def test_a_killed_decode_instance_is_not_noticed_by_its_clients(url: str, client: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.errors import EnvironmentProblem
+from cluster.errors import EnvironmentProblem, UnknownInstance
 from cluster.instance import InstanceState, Role
 from cluster.registry import Membership
 from cluster.spec import ClusterSpec, DeadlineSpec
@@ -82,6 +82,26 @@ async def test_places_are_filled_and_drained() -> None:
     assert [i.instance_id for i in membership.instances] == ["prefill-0", "decode-0"]
     assert await controller.stop(1.0)
     assert all(worker.killed for workers in launcher.workers.values() for worker in workers)
+
+
+async def test_one_instance_is_drained_and_replaced() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(SPEC, launcher)
+    await controller.start()
+    first = await watch_until(controller, all_ready)
+    draining = asyncio.create_task(
+        watch_until(controller, lambda m: m.instances[1].state is InstanceState.DRAINING)
+    )
+    await asyncio.sleep(0)
+    assert await controller.drain("decode-0", 1.0)
+    await draining
+    again = await watch_until(
+        controller, lambda m: all_ready(m) and m.instances[1].incarnation != first.instances[1].incarnation
+    )
+    assert again.instances[0] == first.instances[0]
+    with pytest.raises(UnknownInstance, match=r"'decode-7' is no instance.*prefill-0, decode-0"):
+        await controller.drain("decode-7", 1.0)
+    await controller.stop(1.0)
 
 
 async def test_a_life_that_dies_is_followed_by_another_incarnation() -> None:

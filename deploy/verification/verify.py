@@ -29,6 +29,8 @@ LEAST_SEEN = 10
 LOOKS, CLOSE = 3, 0.02
 # Of the difference, what a cause must explain.
 MOST_LEFT = 0.5
+# And what a second one must, in units of what counts as right.
+SECOND_CAUSE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,8 +280,8 @@ def _cause(
             again = _predicted(_simulated(at_pace(spec, seen), sent, slos).requests)
             found.append((again.distance(measured), seen, again))
     if found:
-        # Of equals the one that changes least.
-        left, seen, again = min(found, key=lambda one: (round(one[0], 3), len(one[1])))
+        # Two causes must explain more than one does.
+        left, seen, again = min(found, key=lambda one: one[0] + SECOND_CAUSE * len(one[1]))
         if left <= MOST_LEFT * predicted.distance(measured):
             words = " and ".join(
                 f"{'prompts' if role is Role.PREFILL else 'decodes'} take {factor:.2f} times as long"

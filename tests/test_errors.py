@@ -12,7 +12,8 @@ from cluster.errors import ServingError
 
 FACTS: dict[str, Any] = {
     "file": "f", "path": "p", "value": 1, "allowed": "a", "problem": "p", "remedy": "r", "ours": 1,
-    "theirs": 2, "known": ("decode-0",), "instance": "decode-0", "role": "decode", "detail": "d", "stage": "decode",
+    "theirs": 2, "known": ("decode-0",), "instance": "decode-0", "role": "decode", "detail": "d",
+    "stage": "decode",
     "deadline_s": 1.5, "position": 3, "part": "decode-0", "bad_spec": True, "request_id": "r", "held": "h",
     "ttft_s": 2.0, "tpot_s": 0.1, "ttft_bound_s": 1.0, "tpot_bound_s": 0.2, "retry_after_s": 3,
     "header": "x", "why": "w", "limit_s": 0.7, "wait_s": 0.5, "chance": 0.4, "harm": 0.6,

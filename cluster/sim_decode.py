@@ -39,9 +39,7 @@ class DecodeGroup:
         self.members[sequence.request_id] = sequence
         self.context_tokens += sequence.computed
         self._needing[self._phase(sequence)] += 1
-        sequence.end_step = self.step + sequence.limit - sequence.generated
-        self._joins += 1
-        heapq.heappush(self._ends, (sequence.end_step, self._joins, sequence))
+        self.end_at(sequence, sequence.limit)
 
     def end_at(self, sequence: Sequence, limit: int) -> None:
         """A member, whose counts are up to date, shall end with so many tokens."""

@@ -25,6 +25,7 @@ from cluster.instance import InstanceState
 from cluster.spec import ClusterSpec
 from cluster.vllm_api import require_supported_vllm
 from deploy.installation import require_one_installation
+from deploy.render.serve_config import ENVIRONMENT
 from deploy.running import recorded, this_process
 from router.policies import make_policy, predictor_of
 
@@ -115,11 +116,8 @@ def _check(spec: ClusterSpec) -> None:
 @contextmanager
 def _ray(spec: ClusterSpec, address: str | None, say: Say) -> Iterator[None]:
     """A connection to Ray; a local Ray that is started here ends with the block."""
-    # HAProxy instead of Serve's Python proxy, which costs ten times more per token.
-    os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    # The app in the replica's own event loop: a second one costs a hop between threads for every token.
-    os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")

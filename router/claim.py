@@ -19,7 +19,6 @@ class Claim:
     """Room on the instances of a decision."""
 
     __slots__ = (
-        "_adapter",
         "_adapters",
         "_batch",
         "_decision",
@@ -29,8 +28,8 @@ class Claim:
         "_name",
         "_predictor",
         "_prefill",
+        "_request",
         "_since_s",
-        "_slo",
         "_tokens",
     )
 
@@ -60,8 +59,7 @@ class Claim:
             self._adapters = [view.adapters.hold(request.adapter) if view else None for view in views]
         self._decision = decision
         self._name = request.request_id
-        self._slo = request.slo
-        self._adapter = request.adapter
+        self._request = request
         self._since_s = now_s
         self._tokens = tokens
         self._predictor = predictor
@@ -111,14 +109,14 @@ class Claim:
         if self._adapters:
             if (adapter := self._adapters[-1]) is not None:
                 adapter.release()
-            self._adapters[-1] = view.adapters.hold(self._adapter) if view else None
+            self._adapters[-1] = view.adapters.hold(self._request.adapter) if view else None
         if self._decode is not None:
             self._decode.decodes.remove(self._name)
         predicted = self._decision.predicted
         self._decode = view if predicted is not None else None
         if self._decode is not None and predicted is not None:
             left = max(1, predicted.output_tokens - generated)
-            self._decode.decodes.add(self._name, tokens, left, self._slo.tpot_s)
+            self._decode.decodes.add(self._name, tokens, left, self._request.slo.tpot_s)
             self._batch = len(self._decode.decodes)
 
     def close(self, now_s: float) -> None:

@@ -15,6 +15,7 @@ from router.decisions import Decisions
 from router.fleet import Fleet, L
 from router.predictor import Predictor
 from router.rebalance import EVERY_S, best_move, iteration_s, overloaded
+from router.view import InstanceView
 
 if TYPE_CHECKING:
     from router.run import Run
@@ -72,7 +73,7 @@ class Migrations:
             return
         self._look_s = now_s + EVERY_S
         if sources := overloaded(self._fleet, self._predictor, for_tpot=self._for_tpot):
-            self._rebalance([source.instance_id for source in sources], self._predictor)
+            self._rebalance(sources, self._predictor)
 
     def empty(self, instance_id: str) -> None:
         """Let what runs on an instance that will go continue elsewhere, as far as there is room."""
@@ -94,13 +95,13 @@ class Migrations:
                 found.setdefault(run.decodes_at, []).append(run)
         return found
 
-    def _rebalance(self, sources: list[str], predictor: Predictor) -> None:
+    def _rebalance(self, sources: list[InstanceView], predictor: Predictor) -> None:
         running = self._decoding()
         moving = [run for run in self._runs.values() if run.moves_to]
         busy = {end for run in moving for end in (run.moves_to, run.decodes_at)}
-        for instance_id in sources:
-            source, runs = self._fleet.view_of(instance_id), running.get(instance_id, [])
-            if source is None or not runs or instance_id in busy:
+        for source in sources:
+            runs = running.get(source.instance_id, [])
+            if not runs or source.instance_id in busy:
                 continue
             here_s = iteration_s(source, predictor)
             progress = [run.progress(here_s) for run in runs]

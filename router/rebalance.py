@@ -155,7 +155,7 @@ def _gain(
 ) -> float:
     """SLOs that are expected to be kept more, if it moves."""
     pace, spread = source.decode_pace.factor, source.decode_pace.spread
-    before_s = predictor.batch_s(source) * pace
+    before_s = iteration_s(source, predictor)
     after_s = predictor.iteration_s(source, -1, -moved.context_tokens) * pace
     there_s = predictor.iteration_s(target, 1, moved.context_tokens) * target.decode_pace.factor
     if there_s >= before_s:

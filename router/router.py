@@ -155,9 +155,8 @@ class Router:
         self.slack = Slack(self.fleet, promised_tpot_s)
         self._client = client
         self._hops: dict[str, Hop] = {}
-        self._runs: dict[str, asyncio.Task[None]] = {}
-        self._of_request: dict[str, Run] = {}
-        self.migrations = Migrations(self.fleet, self._of_request, metrics, predictor, rebalance, decisions)
+        self._runs: dict[str, Run] = {}
+        self.migrations = Migrations(self.fleet, self._runs, metrics, predictor, rebalance, decisions)
         self._outcomes: dict[str, str] = {}
         self.on_decision: Callable[[ServeRequest, Decision, float], None] | None = None
         self._draining = False
@@ -225,12 +224,11 @@ class Router:
             error = found if isinstance(found, ServingError) else _policy_failure(request, found)
             self._over(run, error.reason)
             raise error from None
-        task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
-        self._runs[request.request_id] = task
-        self._of_request[request.request_id] = run
+        run.task = asyncio.create_task(run.serve(), name=f"run-{request.request_id}")
+        self._runs[request.request_id] = run
         self._quiet.clear()
         self.slack.running += request.fills_slack
-        task.add_done_callback(lambda ended: self._ended(run, ended))
+        run.task.add_done_callback(lambda ended: self._ended(run, ended))
 
     def abort(self, request_ids: Iterable[str], outcome: str = "cancelled") -> None:
         """Stop these requests wherever they are and free what they hold; nobody waits for more of them.
@@ -240,9 +238,9 @@ class Router:
                 reason of an error that was told already.
         """
         for request_id in request_ids:
-            if (task := self._runs.get(request_id)) is not None:
+            if (run := self._runs.get(request_id)) is not None:
                 self._outcomes.setdefault(request_id, outcome)
-                task.cancel()
+                run.task.cancel()
 
     def on_outputs(self, instance_id: str, outputs: list[EngineOutput]) -> list[EngineOutput]:
         """Take one engine step's outputs; returns those for the clients of this router, rewritten."""
@@ -390,7 +388,7 @@ class Router:
         """A run is over. A callback of its task: one cancelled before it began runs no code at all."""
         request_id = run.request.request_id
         run.give_back()
-        del self._runs[request_id], self._of_request[request_id]
+        del self._runs[request_id]
         outcome = self._outcomes.pop(request_id, "ok")
         if not task.cancelled() and (error := task.exception()) is not None:
             if not isinstance(error, ServingError):

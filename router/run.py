@@ -38,6 +38,7 @@ class Run:
         stage: where it is now.
         generated: output tokens sent to the client.
         timeline: when it reached its stages.
+        task: serves it; its owner's.
 
     Room is reserved at both instances from the decision on: by the prompt's end where it is computed, by the
     request's end where it decodes.
@@ -55,6 +56,7 @@ class Run:
         self._offers = Offers(request, router.deadlines.prefill_s, now_s)
         self._decoding: Hop | None = None
         self._next = ""
+        self.task: asyncio.Task[None]
         self._decision: Decision
         self._claim: Claim
 

@@ -78,39 +78,42 @@ def _refusal(status: HTTPStatus, message: str, headers: dict[str, str]) -> JSONR
 
 
 def _add_routes(app: FastAPI, core: ClusterCore, spec: ClusterSpec, key: str | None) -> None:
+    # Each replica knows its own requests: whoever asks must know how many there are to be asked.
+    replica = {"x-pdserve-ingress": core.ingress, "x-pdserve-ingresses": str(spec.ingress.replicas)}
+
+    def may_change(request: Request) -> bool:
+        return key is None or request.headers.get("authorization") == f"Bearer {key}"
+
     @app.get("/pdserve/status")
     async def status() -> dict[str, Any]:
         return cluster_status(core)
 
     @app.get("/pdserve/decisions/{request_id}")
     async def decision(request_id: str) -> Response:
-        # Each replica knows its own requests: whoever asks must know how many there are to be asked.
-        headers = {"x-pdserve-ingress": core.ingress, "x-pdserve-ingresses": str(spec.ingress.replicas)}
         found = core.decisions.find(request_id)
         if found is None:
             message = f"ingress {core.ingress} knows no request {request_id!r}, or not any more"
-            return _refusal(HTTPStatus.NOT_FOUND, message, headers)
-        return Response(msgspec.json.encode(found), media_type="application/json", headers=headers)
+            return _refusal(HTTPStatus.NOT_FOUND, message, replica)
+        return Response(msgspec.json.encode(found), media_type="application/json", headers=replica)
 
     @app.post("/pdserve/move/{request_id}")
     async def move(request_id: str, to: str, request: Request) -> Response:
         """Let a running request go on at another instance."""
-        headers = {"x-pdserve-ingress": core.ingress, "x-pdserve-ingresses": str(spec.ingress.replicas)}
-        if key is not None and request.headers.get("authorization") != f"Bearer {key}":
-            return _refusal(HTTPStatus.UNAUTHORIZED, "the API key is needed", headers)
+        if not may_change(request):
+            return _refusal(HTTPStatus.UNAUTHORIZED, "the API key is needed", replica)
         found = core.decisions.find(request_id)
         if found is None or found.outcome is not None:
             message = f"ingress {core.ingress} runs no request {request_id!r}"
-            return _refusal(HTTPStatus.NOT_FOUND, message, headers)
+            return _refusal(HTTPStatus.NOT_FOUND, message, replica)
         if not core.router.migrations.begin(found.request, to):
             why = f"it does not decode, its sampler has a state, or {to!r} is not there"
-            return _refusal(HTTPStatus.CONFLICT, why, headers)
-        return JSONResponse({"moves": True}, headers=headers)
+            return _refusal(HTTPStatus.CONFLICT, why, replica)
+        return JSONResponse({"moves": True}, headers=replica)
 
     @app.post("/pdserve/drain/{instance_id}")
     async def drain(instance_id: str, request: Request) -> Response:
         """Empty an instance and start another life in its place; answers when it is empty."""
-        if key is not None and request.headers.get("authorization") != f"Bearer {key}":
+        if not may_change(request):
             return _refusal(HTTPStatus.UNAUTHORIZED, "the API key is needed", {})
         if core.drain_instance is None:
             return _refusal(HTTPStatus.NOT_IMPLEMENTED, "no controller supervises this cluster", {})

@@ -26,7 +26,7 @@ async def running(cluster: TwinCluster, name: str, tokens: int, at_least: int = 
     """A request that has some tokens; returns where it decodes."""
     cluster.submit(name, PROMPT, tokens)
     await until(lambda: len(cluster.tokens.get(name, [])) >= at_least)
-    return cluster.router._of_request[name].decodes_at
+    return cluster.router._runs[name].decodes_at
 
 
 async def test_a_stream_goes_on_elsewhere_without_a_gap_in_its_tokens() -> None:
@@ -34,7 +34,7 @@ async def test_a_stream_goes_on_elsewhere_without_a_gap_in_its_tokens() -> None:
     here = await running(cluster, "a", 50)
     there = "decode-1" if here == "decode-0" else "decode-0"
     assert cluster.router.migrations.begin("a", there)
-    run = cluster.router._of_request["a"]
+    run = cluster.router._runs["a"]
     assert run.moves_to == there
     await until(lambda: run.decodes_at == there)
     assert not run.moves_to
@@ -80,7 +80,7 @@ async def test_an_unsplit_request_moves_too() -> None:
     cluster = TwinCluster(*PLACES)
     cluster.submit("a", PROMPT[:1], 40)
     await until(lambda: len(cluster.tokens.get("a", [])) >= 3)
-    here = cluster.router._of_request["a"].decodes_at
+    here = cluster.router._runs["a"].decodes_at
     cluster.router.migrations.begin("a", "decode-1" if here != "decode-1" else "decode-0")
     await cluster.settle()
     assert cluster.tokens["a"] == expected_tokens(PROMPT[:1], 40)
@@ -160,7 +160,7 @@ async def test_what_runs_on_an_instance_that_drains_goes_on_elsewhere() -> None:
     for name in "abcd":
         await running(cluster, name, 60)
     cluster.router.update(replace(cluster.instances["decode-0"].info, state=InstanceState.DRAINING))
-    await until(lambda: not any(run.decodes_at == "decode-0" for run in cluster.router._of_request.values()))
+    await until(lambda: not any(run.decodes_at == "decode-0" for run in cluster.router._runs.values()))
     assert all(len(cluster.tokens[name]) < 60 for name in "abcd"), "they did not just end"
     assert count(cluster, "drain") == 2
     await cluster.settle()

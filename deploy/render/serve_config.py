@@ -7,8 +7,8 @@ from typing import Any, Literal
 from cluster.spec import ClusterSpec
 
 IMPORT_PATH = "deploy.ray_app:build"
-# Of every process of the cluster, read by Serve when it starts. With HAProxy a token costs a tenth of what it
-# costs in Serve's Python proxy; in a second event loop the ingress costs a quarter more.
+# Of every process of the cluster, read by Ray and Serve when they start. With HAProxy a token costs a tenth
+# of what it costs in Serve's Python proxy; in a second event loop the ingress costs a quarter more.
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",

@@ -136,6 +136,18 @@ def _shape(spec: ClusterSpec, *, needed: bool) -> ModelShape | None:
     return shape_of(name)
 
 
+def kv_memory_bytes(
+    shape: ModelShape, hardware: Hardware, ranks: int, share: float | str | None = None
+) -> float:
+    """Of a GPU's memory, what is left for KV beside a rank's weights; negative where these don't fit.
+
+    Args:
+        share: of the memory that vLLM takes; its default where it is None.
+    """
+    taken = hardware.memory_bytes * float(share or GPU_MEMORY_UTILIZATION)
+    return taken - shape.weight_bytes / ranks - ACTIVATION_BYTES
+
+
 def _kv_tokens(
     spec: ClusterSpec,
     role: Role,
@@ -156,8 +168,7 @@ def _kv_tokens(
         return int(int(room) / per_rank)
     if hardware is None:
         return DEFAULT_KV_TOKENS
-    share = float(options.get("gpu_memory_utilization") or GPU_MEMORY_UTILIZATION)
-    left = hardware.memory_bytes * share - shape.weight_bytes / pool.ranks - ACTIVATION_BYTES
+    left = kv_memory_bytes(shape, hardware, pool.ranks, options.get("gpu_memory_utilization"))
     if left <= 0:
         raise SpecError(
             file="(spec)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line is made by every command, most of which have no workload
@@ -19,6 +20,13 @@ def count_from(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def require_directories(*files: Path | None) -> None:
+    """Raises ValueError for a file that is to be written, before hours of work, and has no place."""
+    for path in files:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no directory {path.absolute().parent}")
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:

@@ -84,7 +84,7 @@ def test_gpus_are_planned_for_anew(made: Plan) -> None:
     assert curves["split"][0][1] is None  # one GPU can't be split
     assert curves["unsplit"][0][1] is not None
     assert curves["split"][1][1] is not None
-    assert "goodput" in sweep_figure(goal, Sweep.parse("gpus=1:2:1"), curves)
+    assert "goodput" in sweep_figure(goal, Sweep.parse("gpus=1:2:1"), curves).svg
 
 
 def test_a_page_says_what_was_chosen_and_what_lost(made: Plan) -> None:

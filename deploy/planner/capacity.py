@@ -16,7 +16,7 @@ from statistics import fmean
 from cluster.instance import Role
 from cluster.latency import Batch, LatencyModel
 from cluster.request import Slo
-from cluster.sim_options import ACTIVATION_BYTES, DEFAULT_KV_TOKENS, GPU_MEMORY_UTILIZATION
+from cluster.sim_options import DEFAULT_KV_TOKENS, GPU_MEMORY_UTILIZATION, kv_memory_bytes
 from deploy.planner.deployment import Deployment, Layout
 from deploy.planner.goal import Goal, Infeasible
 from deploy.slo_classes import assign_slo_classes
@@ -77,11 +77,7 @@ class Capacity:
         goal = self._goal
         if goal.shape is None or goal.hardware is None:
             return DEFAULT_KV_TOKENS
-        left = (
-            goal.hardware.memory_bytes * GPU_MEMORY_UTILIZATION
-            - goal.shape.weight_bytes / layout.gpus
-            - ACTIVATION_BYTES
-        )
+        left = kv_memory_bytes(goal.shape, goal.hardware, layout.gpus)
         return int(left / goal.shape.kv_bytes_per_token_and_rank(layout.tensor, layout.pipeline))
 
     def prefill_rps(self, layout: Layout) -> float:

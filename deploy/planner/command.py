@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.workload_options import TRACE_HELP, add_workload_options, count_from, workload_from
+from deploy.workload_options import (
+    TRACE_HELP,
+    add_workload_options,
+    count_from,
+    require_directories,
+    workload_from,
+)
 
 if TYPE_CHECKING:  # made by every command, most of which plan nothing
     from deploy.planner.deployment import Layout
@@ -91,9 +97,7 @@ def run_plan(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     from deploy.planner.plan import why_lost
     from deploy.planner.search import plan
 
-    for path in (args.output, args.html):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no directory {path.absolute().parent}")
+    require_directories(args.output, args.html)
     if args.sweep is not None and args.html is None:
         raise ValueError("--sweep draws into a page: give --html")
     goal = goal_from(args)
@@ -136,11 +140,9 @@ def goal_from(args: argparse.Namespace) -> Goal:
         raise ValueError("give --gpu, or --profile with what `pdserve profile` measured")
     if args.slo and (args.ttft or args.tpot):
         raise ValueError("give --slo, or --ttft and --tpot")
-    bounds = [
-        f"{name}:{value:g}" for name, value in (("ttft", args.ttft), ("tpot", args.tpot)) if value is not None
-    ]
-    classes = parse_slo(args.slo or bounds)
-    if not args.slo and not bounds:
+    slo = _slo_words(args)
+    classes = parse_slo(slo)
+    if not slo:
         raise ValueError("without a bound every deployment is good: give --ttft and --tpot, or --slo")
     if all(one.slo.ttft_s == math.inf for one in classes):
         raise ValueError(
@@ -167,6 +169,12 @@ def goal_from(args: argparse.Namespace) -> Goal:
         max_watts=_watts(args.max_kw),
         base=_base(args.base),
     )
+
+
+def _slo_words(args: argparse.Namespace) -> list[str]:
+    """The bounds as other commands take them."""
+    bounds = {"ttft": args.ttft, "tpot": args.tpot}
+    return args.slo or [f"{name}:{value:g}" for name, value in bounds.items() if value is not None]
 
 
 def _watts(words: Sequence[str]) -> dict[str, float]:
@@ -231,10 +239,7 @@ def _on_ray(address: str | None, goal: Goal) -> Any:
 
 def _next(args: argparse.Namespace) -> str:
     workload = f"--trace {args.trace}" + (f" --rate {args.rate:g}" if args.rate else "")
-    slo = " ".join(args.slo) or " ".join(
-        f"{name}:{value:g}" for name, value in (("ttft", args.ttft), ("tpot", args.tpot)) if value is not None
-    )
     return (
         f"wrote {args.output}. Next:\n  pdserve up {args.output} --model CHECKPOINT\n"
-        f"  pdserve simulate {args.output} {workload} --slo {slo}"
+        f"  pdserve simulate {args.output} {workload} --slo {' '.join(_slo_words(args))}"
     )

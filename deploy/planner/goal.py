@@ -17,7 +17,6 @@ from deploy.slo_classes import SloClass, assign_slo_classes
 from deploy.workload import WorkloadRequest, mean_rate_rps, percentile, rescale
 
 Objective = Literal["goodput_per_gpu", "min_gpus", "cost", "energy"]
-OBJECTIVES: tuple[Objective, ...] = ("goodput_per_gpu", "min_gpus", "cost", "energy")
 
 
 class Infeasible(ServingError):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
-
-from deploy.planner.plan import Candidate, Plan, why_lost
+from deploy.planner.plan import Plan, why_lost
 from deploy.planner.sweep import Curve, Sweep, sweep_figure
-from deploy.simulator.page import SCRIPT, STYLE
+from deploy.simulator.facts import Figure
+from deploy.simulator.page import document, figure_html, table_html, warnings
 from deploy.simulator.svg_plot import WIDE, Axis, Rows
 
 MOST_BARS = 24
@@ -19,43 +17,28 @@ def page(plan: Plan, swept: tuple[Sweep, dict[str, Curve]] | None = None) -> str
     Args:
         swept: a range and its curves.
     """
-    chosen = plan.chosen
-    title = f"{plan.goal.model}: {chosen.deployment}"
     figures = [_candidates(plan)]
     if swept is not None:
         figures.append(sweep_figure(plan.goal, *swept))
-    return "\n".join(
+    said = [line for line in plan.to_text().splitlines() if not line.startswith("lost ")]
+    others = [[str(one.deployment), str(one.deployment.gpus), why_lost(one)] for one in plan.others]
+    others += [[str(one), str(one.gpus), "not simulated: can't be better"] for one in plan.unseen]
+    return document(
+        f"{plan.goal.model}: {plan.chosen.deployment}",
+        plan.goal.describe_workload(),
         [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8"/>',
-            '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head><body><main>",
-            f"<h1>{escape(title)}</h1>",
-            f'<p class="sub">{escape(plan.goal.describe_workload())}</p>',
-            *(f'<p class="warning">{escape(warning)}</p>' for warning in plan.warnings),
-            _facts(plan),
+            *warnings(plan.warnings),
+            table_html("what|is", ([line[:12].strip(), line[12:]] for line in said)),
             '<div class="figures">',
-            *figures,
+            *map(figure_html, figures),
             "</div>",
-            _alternatives(plan),
-            '</main><div id="tip" hidden="hidden"></div>',
-            f"<script>\n{SCRIPT.read_text(encoding='utf-8')}</script></body></html>\n",
-        ]
+            "<h2>The others</h2>",
+            table_html("deployment|GPUs|why it lost", others),
+        ],
     )
 
 
-def _facts(plan: Plan) -> str:
-    """The text's lines as a table."""
-    rows = []
-    for line in plan.to_text().splitlines():
-        if not line.startswith("lost "):
-            name, text = line[:12].strip(), line[12:]
-            rows.append(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>")
-    return f'<table class="facts">{"".join(rows)}</table>'
-
-
-def _candidates(plan: Plan) -> str:
+def _candidates(plan: Plan) -> Figure:
     """Goodput per GPU of those for which it was looked for, the best first."""
     known = [plan.chosen, *(one for one in plan.others if one.rates_rps)][:MOST_BARS]
     highest = max(one.per_gpu_rps for one in known) or 1.0
@@ -69,23 +52,10 @@ def _candidates(plan: Plan) -> str:
         css = "c0" if one.deployment.is_split else "c1"
         plot.bars(row, css, [(0.0, one.per_gpu_rps, 1.0)], f"{one.deployment}: {why_lost(one)}")
         plot.note(row, one.per_gpu_rps, f"{one.per_gpu_rps:.3g}")
-    legend = '<li><i class="c0"></i>split</li><li><i class="c1"></i>unsplit</li>'
-    return (
-        '<figure class="wide"><figcaption>What it was chosen from</figcaption>'
-        f'<ul class="legend">{legend}</ul>{plot.svg()}</figure>'
+    return Figure(
+        title="What it was chosen from",
+        note="Of the deployments that held what was asked of them.",
+        legend=(("c0", "split"), ("c1", "unsplit")),
+        svg=plot.svg(),
+        wide=True,
     )
-
-
-def _alternatives(plan: Plan) -> str:
-    rows: Sequence[Candidate] = plan.others
-    cells = "".join(
-        f"<tr><td>{escape(str(one.deployment))}</td><td>{one.deployment.gpus}</td>"
-        f"<td>{escape(why_lost(one))}</td></tr>"
-        for one in rows
-    )
-    unseen = "".join(
-        f"<tr><td>{escape(str(one))}</td><td>{one.gpus}</td><td>not simulated: can't be better</td></tr>"
-        for one in plan.unseen
-    )
-    head = "<tr><th>deployment</th><th>GPUs</th><th>why it lost</th></tr>"
-    return f"<h2>The others</h2><table>{head}{cells}{unseen}</table>"

@@ -15,7 +15,7 @@ from functools import partial
 from statistics import fmean
 
 from deploy.planner.capacity import Capacity, neighbours, splits, unsplits
-from deploy.planner.deployment import Deployment
+from deploy.planner.deployment import Deployment, Layout
 from deploy.planner.goal import Goal, Infeasible
 from deploy.planner.plan import Candidate, Plan
 from deploy.planner.price import price_of, within_power
@@ -55,9 +55,7 @@ class _Race:
 
     @property
     def best(self) -> Found | None:
-        return max(
-            self.found.values(), key=lambda one: (one.per_gpu_rps, -one.trial.deployment.gpus), default=None
-        )
+        return max(self.found.values(), key=lambda one: (one.per_gpu_rps, -one.deployment.gpus), default=None)
 
     def run(self, candidates: Sequence[Deployment]) -> None:
         """Try candidates, the most promising first."""
@@ -113,7 +111,7 @@ def _planned(goal: Goal, workers: Workers, say: Say) -> Plan:
     part = goal.gpus // copies
     say(f"{goal.describe_workload()}; layouts {', '.join(map(str, layouts))}; {goal.gpus} GPUs")
     if goal.objective != "goodput_per_gpu":
-        return _cheapest(goal, capacity, workers, say)
+        return _cheapest(goal, capacity, layouts, workers, say)
     # Of a part, its part of the power.
     share = replace(goal, max_watts={pool: cap / copies for pool, cap in goal.max_watts.items()})
     allowed = partial(within_power, share)
@@ -123,7 +121,7 @@ def _planned(goal: Goal, workers: Workers, say: Say) -> Plan:
         if split.best is None:
             break
         known = len(split.found) + len(split.lost)
-        split.run(neighbours(split.best.trial.deployment, part, allowed))
+        split.run(neighbours(split.best.deployment, part, allowed))
         if known == len(split.found) + len(split.lost):
             break
     unsplit = _Race(goal, capacity, workers, say)
@@ -133,10 +131,7 @@ def _planned(goal: Goal, workers: Workers, say: Say) -> Plan:
 
 def _decided(goal: Goal, split: _Race, unsplit: _Race, copies: int, workers: Workers) -> Plan:
     """Judge the finalists by further parts of the workload, and say why the others lost."""
-    ranked = sorted(
-        [*split.found.values(), *unsplit.found.values()],
-        key=lambda one: (-one.per_gpu_rps, one.trial.deployment.gpus, str(one.trial.deployment)),
-    )
+    ranked = sorted([*split.found.values(), *unsplit.found.values()], key=_rank)
     if not ranked:
         if goal.max_watts and not (split.lost or unsplit.lost):
             raise Infeasible(why=_too_little_power(goal), remedies=("raise --max-kw",))
@@ -149,25 +144,25 @@ def _decided(goal: Goal, split: _Race, unsplit: _Race, copies: int, workers: Wor
         if race.best is not None and race.best not in finalists:
             finalists.append(race.best)
     candidates = _judged(goal, finalists, workers)
-    by_goodput = sorted(
-        candidates, key=lambda one: (-one.per_gpu_rps, one.deployment.gpus, str(one.deployment))
-    )
-    chosen = by_goodput[0]
-    if copies > 1:
-        chosen = _whole(goal, chosen, copies, workers)
-    others = [one for one in by_goodput if one.deployment != by_goodput[0].deployment]
+    by_goodput = sorted(candidates, key=_rank)
+    best, *beaten = by_goodput
+    chosen = _whole(goal, best, copies, workers) if copies > 1 else best
+    judged = {one.deployment for one in candidates}
+    on_one_part = [Candidate.of([one]) for one in ranked if one.deployment not in judged]
     lost = sorted([*split.lost.values(), *unsplit.lost.values()], key=lambda one: -one.trial.attainment)
-    others += [Candidate.lost(one) for one in lost]
-    rest = [one for one in ranked if all(one.trial.deployment != c.deployment for c in candidates)]
-    others[len(candidates) - 1 : len(candidates) - 1] = [Candidate.of([one]) for one in rest]
     return Plan(
         goal=goal,
         chosen=chosen,
         best_unsplit=next((one for one in by_goodput if not one.deployment.is_split), None),
         best_split=next((one for one in by_goodput if one.deployment.is_split), None),
-        others=tuple(others),
+        others=(*beaten, *on_one_part, *(Candidate.lost(one) for one in lost)),
         unseen=tuple(split.unseen + unsplit.unseen),
     )
+
+
+def _rank(one: Found | Candidate) -> tuple[float, int, str]:
+    """The best first; of equals the smaller one."""
+    return -one.per_gpu_rps, one.deployment.gpus, str(one.deployment)
 
 
 def _too_little_power(goal: Goal) -> str:
@@ -176,9 +171,7 @@ def _too_little_power(goal: Goal) -> str:
 
 
 def _judged(goal: Goal, finalists: Sequence[Found], workers: Workers) -> list[Candidate]:
-    calls = [
-        (one.trial.deployment, seed, one.rate_rps, 0.0) for one in finalists for seed in range(1, goal.seeds)
-    ]
+    calls = [(one.deployment, seed, one.rate_rps, 0.0) for one in finalists for seed in range(1, goal.seeds)]
     results = workers.map(goodput, calls)
     each = max(0, goal.seeds - 1)
     return [
@@ -190,10 +183,10 @@ def _judged(goal: Goal, finalists: Sequence[Found], workers: Workers) -> list[Ca
 def _whole(goal: Goal, part: Candidate, copies: int, workers: Workers) -> Candidate:
     """The part so many times, tried whole."""
     deployment = part.deployment.times(copies)
-    calls = [(deployment, seed, rate * copies, rate * copies) for seed, rate in enumerate(part.rates_rps[:1])]
-    tried: list[Found] = workers.map(goodput, calls)
+    rate = part.rates_rps[0] * copies
+    tried: list[Found] = workers.map(goodput, [(deployment, 0, rate, rate)])
     if tried[0].rate_rps <= 0:  # a tenth less than its parts, at most, by rounding
-        tried = workers.map(goodput, [(deployment, 0, part.rates_rps[0] * copies * 0.9, 0.0)])
+        tried = workers.map(goodput, [(deployment, 0, 0.9 * rate, 0.0)])
     return Candidate.of(tried)
 
 
@@ -208,9 +201,8 @@ def _checked(goal: Goal, made: Plan, workers: Workers | None) -> Plan:
     return made
 
 
-def _cheapest(goal: Goal, capacity: Capacity, workers: Workers, say: Say) -> Plan:
+def _cheapest(goal: Goal, capacity: Capacity, layouts: Sequence[Layout], workers: Workers, say: Say) -> Plan:
     """The deployment of least GPUs, price or power that holds the rate."""
-    layouts = capacity.layouts()
     price, allowed = price_of(goal), partial(within_power, goal)
     found = {
         option
@@ -219,9 +211,7 @@ def _cheapest(goal: Goal, capacity: Capacity, workers: Workers, say: Say) -> Pla
             *splits(capacity, layouts, gpus, allowed),
             *unsplits(capacity, layouts, gpus, allowed),
         )
-        if option.gpus <= goal.gpus
-        and option.decode_count
-        and BEYOND * capacity.most_rps(option) >= goal.rate_rps
+        if BEYOND * capacity.most_rps(option) >= goal.rate_rps
     }
     ordered = sorted(found, key=lambda one: (price(one), -capacity.rps(one), str(one)))
     lost: list[Found] = []
@@ -255,7 +245,7 @@ def _cheapest(goal: Goal, capacity: Capacity, workers: Workers, say: Say) -> Pla
         trials = workers.map(simulate, [(one, goal.rate_rps, 0) for one in most])
         lost += [Found(rate_rps=0.0, trial=trial) for trial in trials]
     best = max(lost, key=lambda one: one.trial.attainment)
-    said = f"{best.trial.deployment} keeps {best.trial.attainment:.1%}"
+    said = f"{best.deployment} keeps {best.trial.attainment:.1%}"
     raise Infeasible(
         why=f"{goal.gpus} GPUs do not hold {goal.rate_rps:.3g} requests/s at {goal.attainment:.0%}; {said}",
         remedies=relaxations(goal, Candidate.lost(best), workers),

@@ -16,7 +16,8 @@ from deploy.planner.goal import Goal, Infeasible
 from deploy.planner.plan import Plan
 from deploy.planner.trial import Found, goodput, simulate
 from deploy.planner.workers import Cores, Here, Workers
-from deploy.simulator.svg_plot import Axis, Plot, escape
+from deploy.simulator.facts import Figure
+from deploy.simulator.svg_plot import Axis, Plot
 from deploy.workload import WorkloadRequest
 
 WHAT = {
@@ -94,8 +95,8 @@ def curves_of(
     return curves
 
 
-def sweep_figure(goal: Goal, sweep: Sweep, curves: dict[str, Curve]) -> str:
-    """The curves as a figure of HTML."""
+def sweep_figure(goal: Goal, sweep: Sweep, curves: dict[str, Curve]) -> Figure:
+    """The curves as a figure."""
     is_share = sweep.what == "rate"
     highest = max(
         (value for curve in curves.values() for _, value in curve if value is not None), default=1.0
@@ -112,14 +113,14 @@ def sweep_figure(goal: Goal, sweep: Sweep, curves: dict[str, Curve]) -> str:
         plot.line(curve, f"c{number}", name)
     if is_share:
         plot.line([(0.0, goal.attainment), (x.high, goal.attainment)], "all", f"asked: {goal.attainment:.0%}")
-    names = [*curves, *(["asked"] if is_share else [])]
-    colours = [*(f"c{number}" for number in range(len(curves))), "all"]
-    legend = "".join(
-        f'<li><i class="{css}"></i>{escape(name)}</li>' for css, name in zip(colours, names, strict=False)
-    )
-    return (
-        f'<figure class="wide"><figcaption>{escape(title)}</figcaption>'
-        f'<ul class="legend">{legend}</ul>{plot.svg()}</figure>'
+    legend = [(f"c{number}", name) for number, name in enumerate(curves)]
+    return Figure(
+        title=title,
+        note="Each point is simulated.",
+        legend=(*legend, *([("all", "asked")] if is_share else [])),
+        svg=plot.svg(),
+        lines=True,
+        wide=True,
     )
 
 

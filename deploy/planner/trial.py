@@ -67,8 +67,12 @@ class Found:
     trial: Trial
 
     @property
+    def deployment(self) -> Deployment:
+        return self.trial.deployment
+
+    @property
     def per_gpu_rps(self) -> float:
-        return self.rate_rps / self.trial.deployment.gpus
+        return self.rate_rps / self.deployment.gpus
 
 
 def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
@@ -170,10 +174,7 @@ def _slo(goal: Goal) -> dict[str, Any]:
 def _trial(result: SimulationResult, deployment: Deployment, rate_rps: float, seed: int) -> Trial:
     judged = result.requests[int(WARM_UP * len(result.requests)) :]
     causes = causes_of_misses(judged)
-    arriving_s = max(result.requests[-1].arrival_s, 1e-9)
-    busy: dict[Role, list[float]] = {role: [] for role in Role}
-    for instance in result.instances:
-        busy[instance.role].append(min(1.0, instance.busy_s / arriving_s))
+    busy = result.busy_while_arriving()
     ttft = [request.ttft_s for request in judged if request.ttft_s is not None]
     tpot = [request.tpot_s for request in judged if request.tpot_s is not None]
     return Trial(
@@ -183,8 +184,8 @@ def _trial(result: SimulationResult, deployment: Deployment, rate_rps: float, se
         attainment=sum(request.met for request in judged) / len(judged),
         ttft_s=_ends(ttft),
         tpot_s=_ends(tpot),
-        prefill_busy=_mean(busy[Role.PREFILL]),
-        decode_busy=_mean(busy[Role.DECODE]),
+        prefill_busy=busy.get(Role.PREFILL, 0.0),
+        decode_busy=busy.get(Role.DECODE, 0.0),
         cause=f"{causes[0].name} ({causes[0].misses / len(judged):.0%} of the requests)" if causes else "",
         warnings=tuple(result.warnings),
     )
@@ -192,7 +193,3 @@ def _trial(result: SimulationResult, deployment: Deployment, rate_rps: float, se
 
 def _ends(values: list[float]) -> tuple[float, float]:
     return (percentile(values, 50), percentile(values, 99)) if values else (0.0, 0.0)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

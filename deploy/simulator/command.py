@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from deploy.workload_options import TRACE_HELP, add_workload_options, workload_from
+from deploy.workload_options import TRACE_HELP, add_workload_options, require_directories, workload_from
 
 if TYPE_CHECKING:  # made by every command, most of which simulate nothing
     from cluster.spec import ClusterSpec
@@ -61,9 +61,7 @@ def run_simulate(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[
     spec = load_spec(args.spec)
     if args.unsplit:
         spec = unsplit(spec, chunked=args.unsplit == "chunked")
-    for path in (args.timeline, args.html):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no directory {path.absolute().parent}")
+    require_directories(args.timeline, args.html)
     scenario = load_scenario(args.scenario, spec) if args.scenario else QUIET
     requests = workload_from(args)
     classes = assign_slo_classes(requests, parse_slo(args.slo), Random(f"{args.seed}/slo"))

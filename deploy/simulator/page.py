@@ -33,23 +33,33 @@ def write_page(result: SimulationResult, path: Path | str) -> None:
 def page(result: SimulationResult) -> str:
     """The page's text."""
     report = SimulationReport.of(result)
-    name = escape(report.name)
+    return document(
+        f"Simulation: {report.name}",
+        _subtitle(report),
+        [
+            *warnings(report.warnings),
+            *_tiles(report),
+            "<h2>What happened</h2>",
+            '<div class="figures">',
+            *(figure_html(figure) for figure in all_figures(result, report)),
+            "</div>",
+            *_tables(report),
+        ],
+    )
+
+
+def document(title: str, subtitle: str, body: Iterable[str]) -> str:
+    """A page of HTML, well-formed XML too, that needs nothing else; `body` is HTML, the others are text."""
     return "\n".join(
         [
             "<!DOCTYPE html>",
             '<html lang="en"><head><meta charset="utf-8"/>',
             '<meta name="viewport" content="width=device-width, initial-scale=1"/>',
-            f"<title>Simulation: {name}</title>",
+            f"<title>{escape(title)}</title>",
             f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head><body><main>",
-            f"<h1>Simulation: {name}</h1>",
-            f'<p class="sub">{escape(_subtitle(report))}</p>',
-            *_warnings(report.warnings),
-            *_tiles(report),
-            "<h2>What happened</h2>",
-            '<div class="figures">',
-            *(_figure(figure) for figure in all_figures(result, report)),
-            "</div>",
-            *_tables(report),
+            f"<h1>{escape(title)}</h1>",
+            f'<p class="sub">{escape(subtitle)}</p>',
+            *body,
             '</main><div id="tip" hidden="hidden"></div>',
             f"<script>\n{SCRIPT.read_text(encoding='utf-8')}</script></body></html>\n",
         ]
@@ -68,10 +78,11 @@ def _subtitle(report: SimulationReport) -> str:
     )
 
 
-def _warnings(warnings: Sequence[str]) -> list[str]:
-    if not warnings:
+def warnings(found: Sequence[str]) -> list[str]:
+    """What must be read first, as HTML; nothing for none."""
+    if not found:
         return []
-    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in found)
     return [
         '<div class="warnings" role="alert"><strong>Read before you trust the figures</strong>'
         f"<ul>{items}</ul></div>"
@@ -102,7 +113,8 @@ def _tiles(report: SimulationReport) -> list[str]:
     return ['<div class="tiles">', *cells, "</div>"]
 
 
-def _figure(figure: Figure) -> str:
+def figure_html(figure: Figure) -> str:
+    """A figure with its finding and its legend."""
     key = LINE_KEY if figure.lines else AREA_KEY
     legend = "".join(f"<li>{key.format(css)}{escape(label)}</li>" for css, label in figure.legend)
     wide = ' class="wide"' if figure.wide else ""
@@ -121,19 +133,19 @@ def _tables(report: SimulationReport) -> list[str]:
     times |= {f"{stage}_s": stage.replace("_", " ") for stage in STAGES}
     return [
         "<h2>Requests by SLO class</h2>",
-        _table(
+        table_html(
             "SLO class|TTFT bound|TPOT bound|requests|met|attainment|TTFT late|TPOT late|TTFT p99|TPOT p99",
             (_class_row(group) for group in report.classes),
         ),
         "<h2>Requests by outcome</h2>",
-        _table("|".join(overall.counts), [[f"{count:,}" for count in overall.counts.values()]]),
+        table_html("|".join(overall.counts), [[f"{count:,}" for count in overall.counts.values()]]),
         "<h2>Times of complete answers, in ms</h2>",
-        _table(
+        table_html(
             "time|" + "|".join(Distribution.__slots__),
             ([times[key], *_cells(row)] for key, row in overall.latencies.items()),
         ),
         "<h2>Pools</h2>",
-        _table(
+        table_html(
             "pool|instances|GPUs|busy|KV mean|KV peak|prefix hits|preemptions|decode batch|starts",
             _pool_rows(report),
         ),
@@ -172,10 +184,11 @@ def _cells(row: Distribution | None) -> list[str]:
 def _optional(title: str, header: str, rows: _Rows) -> list[str]:
     """A heading and its table; nothing without a row."""
     known = list(rows)
-    return [f"<h2>{title}</h2>", _table(header, known)] if known else []
+    return [f"<h2>{title}</h2>", table_html(header, known)] if known else []
 
 
-def _table(header: str, rows: _Rows) -> str:
+def table_html(header: str, rows: _Rows) -> str:
+    """A table; the header's cells are parted by `|`."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header.split("|"))
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import NamedTuple
 
 from cluster.instance import Role
@@ -148,3 +149,12 @@ class SimulationResult:
     wall_s: float = 0.0
     spans: tuple[IterationSpan, ...] = field(default=(), repr=False)
     faults: tuple[FaultMark, ...] = ()
+
+    def busy_while_arriving(self) -> dict[Role, float]:
+        """By role, the mean share of the time in which requests came that its instances computed, up to 1:
+        what is computed after the last arrival counts, too."""
+        span_s = max(request.arrival_s for request in self.requests) or self.duration_s
+        shares: dict[Role, list[float]] = {}
+        for use in self.instances:
+            shares.setdefault(use.role, []).append(min(1.0, use.busy_s / span_s) if span_s else 0.0)
+        return {role: fmean(known) for role, known in shares.items()}

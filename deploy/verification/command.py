@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deploy.workload_options import TRACE_HELP, add_workload_options, workload_from
-
-if TYPE_CHECKING:  # made by every command
-    from deploy.replay_report import ReplayReport
+from deploy.workload_options import TRACE_HELP, add_workload_options, require_directories
 
 Say = Callable[[str], None]
 
@@ -61,9 +57,11 @@ def run_verify(args: argparse.Namespace, say: Say) -> int:
     """Run the command; returns 0 where the plan holds, else 1. Raises ValueError, SpecError for input that
     can't be used."""
     from cluster.spec import load_spec
+    from deploy.replay_command import send_trace
     from deploy.verification.outcomes import load_outcomes, save_outcomes
     from deploy.verification.verify import verify
 
+    require_directories(args.save)
     spec = load_spec(args.plan)
     if args.replay is not None:
         if args.trace is not None or args.save is not None or args.slo:
@@ -72,7 +70,7 @@ def run_verify(args: argparse.Namespace, say: Say) -> int:
     else:
         if args.trace is None:
             raise ValueError("give --trace: what shall be sent")
-        report = _sent(args, args.url, args.slo, say)
+        report = send_trace(args, args.url, args.slo, say)
     if args.save is not None:
         save_outcomes(report, args.save)
     found = verify(spec, report)
@@ -86,13 +84,15 @@ def run_calibrate(args: argparse.Namespace, say: Say) -> int:
 
     from cluster.spec import load_spec, parse_spec
     from deploy.render.text import to_yaml
+    from deploy.replay_command import send_trace
     from deploy.verification.calibrate import calibrate, calibrated, calibration_text, read_status
 
+    require_directories(args.output)
     spec = load_spec(args.spec)
     if args.trace is not None:
         if not args.metrics.startswith(("http://", "https://")):
             raise ValueError("--trace is sent to a URL, and --metrics is a file")
-        _sent(args, args.metrics, [], say)
+        send_trace(args, args.metrics, [], say)
     found = calibrate(spec, read_status(args.metrics))
     if args.json:
         rows = {str(one.role): {"factor": one.factor, "seen": one.seen, "pace": one.after} for one in found}
@@ -105,17 +105,3 @@ def run_calibrate(args: argparse.Namespace, say: Say) -> int:
         args.output.write_text(to_yaml([raw]), encoding="utf-8")
         say(f"wrote {args.output}")
     return 0
-
-
-def _sent(args: argparse.Namespace, url: str, slo: list[str], say: Say) -> ReplayReport:
-    from random import Random
-
-    from deploy.replay import ReplayOptions, replay
-    from deploy.replay_command import progress_line
-    from deploy.slo_classes import assign_slo_classes, parse_slo
-
-    requests = workload_from(args)
-    classes = assign_slo_classes(requests, parse_slo(slo), Random(f"{args.seed}/slo")) if slo else None
-    options = ReplayOptions(model=args.model, classes=classes, timeout_s=args.timeout, seed=args.seed)
-    say(f"{len(requests)} requests over {requests[-1].arrival_s:.0f} s to {url}")
-    return asyncio.run(replay(url, requests, options, progress_line()))

@@ -6,7 +6,7 @@ again at the pace that was seen, and are the cause if that explains most of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -25,6 +25,7 @@ ATTAINMENT, TTFT, TPOT = 0.05, 0.10, 0.05
 HARDLY_WAITED = 0.1
 # From so few requests no speed is told.
 LEAST_SEEN = 10
+NO_PACE: Mapping[Role, float] = {}
 # Simulations to find a pace, and how close is close enough.
 LOOKS, CLOSE = 3, 0.02
 # Of the difference, what a cause must explain.
@@ -138,25 +139,49 @@ def _relative(predicted: float, measured: float) -> float:
     return predicted / measured - 1 if measured else 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    """What was sent to a cluster of a spec: (what came, its SLO) of each request, in the order of sending."""
+
+    spec: ClusterSpec
+    requests: tuple[tuple[RequestOutcome, Slo], ...]
+
+    def simulated(self, pace: Mapping[Role, float] = NO_PACE) -> SimulationResult:
+        """The same requests, on engines at that pace."""
+        requests = [
+            WorkloadRequest(
+                arrival_s=one.sent_s,
+                input_tokens=one.input_tokens,
+                # Of an answer that came, what came; else what was asked for.
+                output_tokens=max(1, one.output_tokens or one.asked_tokens),
+            )
+            for one, _ in self.requests
+        ]
+        classes = [SloClass(name=one.slo_class or "all", slo=slo) for one, slo in self.requests]
+        return Simulation(at_pace(self.spec, pace), requests, classes).run()
+
+    def measured(self) -> Figures:
+        met = sum(one.meets(slo) for one, slo in self.requests)
+        return _figures(met, [one for one, _ in self.requests])
+
+
 def verify(spec: ClusterSpec, report: ReplayReport) -> Verification:
     """Compare. Raises SpecError for a spec that can't be simulated, ValueError for a replay without an
     answer."""
-    sent = sorted(
-        (one for one in report.outcomes if one.status != "cancelled"), key=lambda one: (one.sent_s, one.index)
-    )
-    slos = [_slo(one, report, spec) for one in sent]
-    if not any(one.status == "ok" for one in sent):
+    outcomes = [one for one in report.outcomes if one.status != "cancelled"]
+    outcomes.sort(key=lambda one: (one.sent_s, one.index))
+    if not any(one.status == "ok" for one in outcomes):
         raise ValueError(f"no request of {report.url} was answered: there is nothing to compare")
-    measured = _measured(sent, slos)
-    result = _simulated(spec, sent, slos)
-    predicted = _predicted(result.requests)
-    pace = _pace(spec, sent, slos, result.requests)
+    sent = _Sent(spec=spec, requests=tuple((one, _slo(one, report, spec)) for one in outcomes))
+    result = sent.simulated()
+    predicted, measured = _predicted(result), sent.measured()
+    pace = _pace(sent, result)
     return Verification(
         predicted=predicted,
         measured=measured,
         pace=pace,
-        busy=_busy(result),
-        cause=_cause(spec, sent, slos, report, predicted, measured, pace),
+        busy=result.busy_while_arriving(),
+        cause=_cause(sent, report, predicted, measured, pace),
         warnings=tuple(result.warnings),
     )
 
@@ -170,24 +195,17 @@ def _slo(outcome: RequestOutcome, report: ReplayReport, spec: ClusterSpec) -> Sl
     return spec.slo.classes[spec.slo.default].slo
 
 
-def _measured(sent: Sequence[RequestOutcome], slos: Sequence[Slo]) -> Figures:
-    met = sum(one.meets(slo) for one, slo in zip(sent, slos, strict=True))
-    done = [one for one in sent if one.status == "ok"]
-    return _figures(met, len(sent), [one.ttft_s for one in done], [one.tpot_s for one in done])
+def _predicted(result: SimulationResult) -> Figures:
+    return _figures(sum(one.met for one in result.requests), result.requests)
 
 
-def _predicted(requests: Sequence[SimulatedRequest]) -> Figures:
+def _figures(met: int, requests: Sequence[RequestOutcome | SimulatedRequest]) -> Figures:
     done = [one for one in requests if one.status == "ok"]
-    met = sum(one.met for one in requests)
-    return _figures(met, len(requests), [one.ttft_s for one in done], [one.tpot_s for one in done])
-
-
-def _figures(met: int, count: int, ttft: Sequence[float | None], tpot: Sequence[float | None]) -> Figures:
-    firsts = [value for value in ttft if value is not None] or [0.0]
-    tokens = [value for value in tpot if value is not None] or [0.0]
+    firsts = [one.ttft_s for one in done if one.ttft_s is not None] or [0.0]
+    tokens = [one.tpot_s for one in done if one.tpot_s is not None] or [0.0]
     return Figures(
-        attainment=met / count,
-        answered=len(ttft) / count,
+        attainment=met / len(requests),
+        answered=len(done) / len(requests),
         ttft_s=fmean(firsts),
         ttft_p99_s=percentile(firsts, 99),
         tpot_s=fmean(tokens),
@@ -195,49 +213,22 @@ def _figures(met: int, count: int, ttft: Sequence[float | None], tpot: Sequence[
     )
 
 
-def _simulated(spec: ClusterSpec, sent: Sequence[RequestOutcome], slos: Sequence[Slo]) -> SimulationResult:
-    requests = [
-        WorkloadRequest(
-            arrival_s=one.sent_s,
-            input_tokens=one.input_tokens,
-            # Of an answer that came, what came; else what was asked for.
-            output_tokens=max(1, one.output_tokens or one.asked_tokens),
-        )
-        for one in sent
-    ]
-    classes = [SloClass(name=one.slo_class or "all", slo=slo) for one, slo in zip(sent, slos, strict=True)]
-    return Simulation(spec, requests, classes).run()
-
-
-def _busy(result: SimulationResult) -> dict[Role, float]:
-    span_s = max(one.arrival_s for one in result.requests) or result.duration_s
-    busy: dict[Role, list[float]] = {}
-    for use in result.instances:
-        busy.setdefault(use.role, []).append(min(1.0, use.busy_s / span_s))
-    return {role: fmean(shares) for role, shares in busy.items()}
-
-
-def _pace(
-    spec: ClusterSpec,
-    sent: Sequence[RequestOutcome],
-    slos: Sequence[Slo],
-    requests: Sequence[SimulatedRequest],
-) -> dict[Role, float]:
+def _pace(sent: _Sent, result: SimulationResult) -> dict[Role, float]:
     """How many times as long iterations take, by simulating at what was seen and looking again: at another
     pace batches are of another size, and the ratio of times is not that of iterations."""
-    pace = more = _ratios(sent, requests)
+    pace = more = _ratios(sent, result)
     for _ in range(LOOKS):
         if all(abs(factor - 1) < CLOSE for factor in more.values()):
             break
-        more = _ratios(sent, _simulated(at_pace(spec, pace), sent, slos).requests)
+        more = _ratios(sent, sent.simulated(pace))
         pace = {role: factor * more.get(role, 1.0) for role, factor in pace.items()}
     return pace
 
 
-def _ratios(sent: Sequence[RequestOutcome], requests: Sequence[SimulatedRequest]) -> dict[Role, float]:
+def _ratios(sent: _Sent, result: SimulationResult) -> dict[Role, float]:
     """From requests that tell it: prompts that hardly waited, answers of several tokens."""
     seen: dict[Role, list[float]] = {role: [] for role in Role}
-    for one, simulated in zip(sent, requests, strict=True):
+    for (one, _), simulated in zip(sent.requests, result.requests, strict=True):
         if one.status != "ok" or simulated.status != "ok":
             continue
         waited_s = simulated.stages.prefill_queue
@@ -248,7 +239,7 @@ def _ratios(sent: Sequence[RequestOutcome], requests: Sequence[SimulatedRequest]
     return {role: median(ratios) for role, ratios in seen.items() if len(ratios) >= LEAST_SEEN}
 
 
-def at_pace(spec: ClusterSpec, pace: dict[Role, float]) -> ClusterSpec:
+def at_pace(spec: ClusterSpec, pace: Mapping[Role, float]) -> ClusterSpec:
     """The spec with engines that take so many times as long as it says now."""
     found = {role: spec.sim.pace.get(role, 1.0) * pace.get(role, 1.0) for role in Role}
     sim = spec.sim.model_copy(update={"pace": {role: value for role, value in found.items() if value != 1}})
@@ -256,9 +247,7 @@ def at_pace(spec: ClusterSpec, pace: dict[Role, float]) -> ClusterSpec:
 
 
 def _cause(
-    spec: ClusterSpec,
-    sent: Sequence[RequestOutcome],
-    slos: Sequence[Slo],
+    sent: _Sent,
     report: ReplayReport,
     predicted: Figures,
     measured: Figures,
@@ -266,18 +255,19 @@ def _cause(
 ) -> str:
     if predicted.distance(measured) <= 1:
         return ""
-    broken = [one for one in sent if one.status in ("failed", "timeout")]
-    if len(broken) / len(sent) > ATTAINMENT / 2:
+    outcomes = [one for one, _ in sent.requests]
+    broken = [one for one in outcomes if one.status in ("failed", "timeout")]
+    if len(broken) / len(outcomes) > ATTAINMENT / 2:
         text, count = report.errors[0]
-        return f"{len(broken)} of {len(sent)} requests failed; most often ({count}): {text}"
-    lag_s = percentile([one.lag_s for one in sent], 90)
+        return f"{len(broken)} of {len(outcomes)} requests failed; most often ({count}): {text}"
+    lag_s = percentile([one.lag_s for one in outcomes], 90)
     if lag_s > TTFT * measured.ttft_s:
         return f"the client was late: a tenth of the requests left over {1e3 * lag_s:.0f} ms after their time"
     found: list[tuple[float, dict[Role, float], Figures]] = []
     for roles in ((Role.PREFILL,), (Role.DECODE,), tuple(Role)):
         if all(role in pace for role in roles):
             seen = {role: pace[role] for role in roles}
-            again = _predicted(_simulated(at_pace(spec, seen), sent, slos).requests)
+            again = _predicted(sent.simulated(seen))
             found.append((again.distance(measured), seen, again))
     if found:
         # Two causes must explain more than one does.

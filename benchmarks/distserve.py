@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.distserve_engine import REQUESTS, Layout, Model, Placement, Trial, Twins
+from benchmarks.distserve_engine import REQUESTS, Model, Placement, Trial, Twins
 from benchmarks.latency_data import TRACES
 from cluster.request import Slo
 from deploy.goodput_search import find_goodput
+from deploy.planner.deployment import Layout
 
 TARGET = 0.9
 TOLERANCE = 0.03

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from cluster.latency import DecodeCost, LatencyProfile, PrefillCost
 from cluster.request import Slo
 from cluster.spec import ClusterSpec, parse_spec
+from deploy.planner.deployment import Layout
 from deploy.profiler.published import distserve_profile
 from deploy.simulator.command import unsplit
 from deploy.simulator.run import Simulation
@@ -41,20 +42,6 @@ STAGE_S = 1e-3
 NVLINK_GPUS = 64
 # No deadline of ours ends what DistServe would have served late.
 NEVER_S = 1e6
-
-
-class Layout(NamedTuple):
-    """How an instance is laid out over GPUs."""
-
-    tp: int
-    pp: int
-
-    @property
-    def gpus(self) -> int:
-        return self.tp * self.pp
-
-    def __str__(self) -> str:
-        return f"TP{self.tp}" + (f" PP{self.pp}" if self.pp > 1 else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,17 +196,19 @@ class Twins:
         blocks = self._kv_tokens[placement.model, layout] // BLOCK_TOKENS
         return {
             "count": max(1, count),
-            "tensor_parallel_size": layout.tp,
-            "pipeline_parallel_size": layout.pp,
+            "tensor_parallel_size": layout.tensor,
+            "pipeline_parallel_size": layout.pipeline,
             "engine_options": {"num_gpu_blocks_override": blocks, **limits},
         }
 
     def _profile(self, placement: Placement, layout: Layout, *, free: bool = False) -> str:
-        name = f"{placement.model}-{placement.engine}-{layout.tp}-{layout.pp}{'-free' * free}.json"
+        name = f"{placement.model}-{placement.engine}-{layout.tensor}-{layout.pipeline}{'-free' * free}.json"
         path = self._folder / name
         if not path.exists():
             source = self._traces / "distserve" / f"profiler-a100-80g.{placement.engine}.json"
-            profile = with_overheads(distserve_profile(source, placement.model, layout.tp), layout.pp)
+            profile = with_overheads(
+                distserve_profile(source, placement.model, layout.tensor), layout.pipeline
+            )
             if free:
                 profile = profile.model_copy(update={"prefill": (PrefillCost(base_s=0, token_s=0),)})
             profile.save(path)

@@ -37,12 +37,12 @@ GPUS = {"opt-13b": 8, "opt-66b": 16}
 def goal_of(case: Experiment, slo: Slo, engine: str, folder: Path) -> Goal:
     """With the times that were published for an engine."""
     files: dict[Layout, str] = {}
-    for tensor, pipeline in {*case.layouts, *case.paper_split}:
-        path = folder / f"{case.model}-{engine}-{tensor}-{pipeline}.json"
+    for layout in {*case.layouts, *case.paper_split}:
+        path = folder / f"{case.model}-{engine}-{layout.tensor}-{layout.pipeline}.json"
         source = TRACES / "distserve" / f"profiler-a100-80g.{engine}.json"
-        measured = distserve_profile(source, case.model, tensor)
-        with_overheads(measured, pipeline).save(path)
-        files[Layout(tensor, pipeline)] = str(path)
+        measured = distserve_profile(source, case.model, layout.tensor)
+        with_overheads(measured, layout.pipeline).save(path)
+        files[layout] = str(path)
     return Goal(
         model=case.model,
         shape=named_shape(case.model),
@@ -58,7 +58,7 @@ def goal_of(case: Experiment, slo: Slo, engine: str, folder: Path) -> Goal:
 
 def rows(case: Experiment, jobs: int, folder: Path) -> Iterator[str]:
     """Of both versions of the bounds."""
-    (prefill, decode) = (Layout(*layout) for layout in case.paper_split)
+    prefill, decode = case.paper_split
     paper = Deployment(prefill=prefill, prefill_count=1, decode=decode, decode_count=1)
     for version, slo in case.bounds:
         goal = goal_of(case, slo, "distserve", folder)

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.distserve import balanced
-from benchmarks.distserve_engine import Latencies, Layout, Placement, Trial, Twins, with_overheads
+from benchmarks.distserve_engine import Latencies, Placement, Trial, Twins, with_overheads
 from cluster.latency import Batch, DecodeCost, LatencyProfile, PrefillCost, ProfiledLatency
 from cluster.request import Slo
+from deploy.planner.deployment import Layout
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
 SLO = Slo(ttft_s=0.2, tpot_s=0.1)

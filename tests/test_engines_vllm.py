@@ -56,6 +56,26 @@ class Process:
     async def post(self, *frames: Any) -> None:
         await self.socket.send_multipart(list(frames))
 
+    async def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        kv: dict[str, Any] | None = None,
+        salt: str | None = None,
+    ) -> None:
+        """Give it a greedy request of so many tokens."""
+        request = vllm_api.EngineCoreRequest(
+            request_id=request_id, prompt_token_ids=prompt, mm_features=None,
+            sampling_params=vllm_api.SamplingParams(
+                temperature=0, max_tokens=max_tokens, ignore_eos=True,
+                extra_args={"kv_transfer_params": kv} if kv else None,
+            ),
+            pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=salt,
+            data_parallel_rank=None,
+        )  # fmt: skip
+        await self.post(wire.ADD, offer(request_id), *vllm_api.MsgpackEncoder().encode(request))
+
     async def step(self) -> list[Any]:
         """Outputs of the next step."""
         kind, *frames = await asyncio.wait_for(self.socket.recv_multipart(), 30)
@@ -82,16 +102,7 @@ class Process:
         salt: str | None = None,
     ) -> tuple[list[int], KvHandle | None, Any]:
         """Greedy tokens, the handle and the prefill statistics of one request."""
-        request = vllm_api.EngineCoreRequest(
-            request_id=request_id, prompt_token_ids=prompt, mm_features=None,
-            sampling_params=vllm_api.SamplingParams(
-                temperature=0, max_tokens=max_tokens, ignore_eos=True,
-                extra_args={"kv_transfer_params": kv} if kv else None,
-            ),
-            pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=salt,
-            data_parallel_rank=None,
-        )  # fmt: skip
-        await self.post(wire.ADD, offer(request_id), *vllm_api.MsgpackEncoder().encode(request))
+        await self.add(request_id, prompt, max_tokens, kv, salt)
         tokens: list[int] = []
         stats = None
         while True:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster import vllm_api, wire
+from cluster import wire
 from cluster.handle import KvHandle, handle_of
 from deploy.tiny_model_torch import build_tiny_model
 from tests.hybrid_model_torch import build_hybrid_model
-from tests.test_engines_vllm import BLOCK, Process, offer, pair
+from tests.test_engines_vllm import BLOCK, Process, pair
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -28,24 +27,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def request_of(name: str, prompt: list[int], max_tokens: int, kv: dict[str, Any] | None) -> Any:
-    return vllm_api.EngineCoreRequest(
-        request_id=name, prompt_token_ids=prompt, mm_features=None,
-        sampling_params=vllm_api.SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True,
-            extra_args={"kv_transfer_params": kv} if kv else None,
-        ),
-        pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=None,
-        data_parallel_rank=None,
-    )  # fmt: skip
-
-
 async def until_handed_over(
     engine: Process, name: str, prompt: list[int], at_least: int, kv: dict[str, Any] | None = None
 ) -> tuple[list[int], KvHandle | None, Any]:
     """Its tokens until it is handed over, which it is told to be when it has so many."""
-    request = request_of(name, prompt, TOKENS, kv)
-    await engine.post(wire.ADD, offer(name), *vllm_api.MsgpackEncoder().encode(request))
+    await engine.add(name, prompt, TOKENS, kv)
     tokens: list[int] = []
     stats = None
     told = False
@@ -119,8 +105,7 @@ async def check_what_is_not_handed_over(here: Process, there: Process) -> None:
     await here.post(wire.HAND_OVER, wire.pack(["nobody", "late"]))
     again, _, _ = await here.generate("again", prompt, TOKENS)
     assert again == tokens
-    request = request_of("left", prompt, 400, None)
-    await here.post(wire.ADD, offer("left"), *vllm_api.MsgpackEncoder().encode(request))
+    await here.add("left", prompt, 400)
     while not any(output.new_token_ids for output in await here.step()):
         pass
     await here.post(wire.HAND_OVER, wire.pack(["left"]))

@@ -131,6 +131,7 @@ class Process:
 
 
 async def start(model: Path, role: str, engine_process: str, core: int, context: Any) -> Process:
+    """A worker that answers; ended again where it does not, or the other one fails."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
@@ -140,9 +141,22 @@ async def start(model: Path, role: str, engine_process: str, core: int, context:
         process = await asyncio.create_subprocess_exec(
             *words, cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE, stderr=errors
         )
+    try:
+        return await connected(process, role, log, context)
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
+
+
+def last_words(log: Path) -> str:
+    return log.read_text()[-4000:]
+
+
+async def connected(process: asyncio.subprocess.Process, role: str, log: Path, context: Any) -> Process:
     assert process.stdout is not None
     line = await asyncio.wait_for(process.stdout.readline(), 120)
-    assert line, f"the {role} worker did not start:\n{log.read_text()[-4000:]}"
+    assert line, f"the {role} worker did not start:\n{last_words(log)}"
     ready = json.loads(line)
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
@@ -158,12 +172,12 @@ async def pair(model: Path, engine_process: str) -> AsyncIterator[tuple[Process,
     context = zmq.asyncio.Context()
     processes: list[Process] = []
     try:
-        processes = list(
-            await asyncio.gather(
-                start(model, "prefill", engine_process, 0, context),
-                start(model, "decode", engine_process, 1, context),
-            )
-        )
+        async with asyncio.TaskGroup() as starting:
+            started = [
+                starting.create_task(start(model, role, engine_process, core, context))
+                for core, role in enumerate(("prefill", "decode"))
+            ]
+        processes = [task.result() for task in started]
         yield processes[0], processes[1]
     finally:
         for process in processes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cluster.errors import ServingError, SpecError
+from deploy.kvbench.command import add_kvbench
 from deploy.planner.command import add_plan
 from deploy.profiler.command import add_profile
 from deploy.render.command import add_render
@@ -42,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_calibrate(commands).set_defaults(run=_calibrate)
     add_render(commands).set_defaults(run=_render)
     add_profile(commands)
+    add_kvbench(commands).set_defaults(run=_kvbench)
     _add_model(commands)
     _add_down(commands)
     return parser
@@ -193,6 +195,14 @@ def _simulate(args: argparse.Namespace) -> int:
     report, trusted = run_simulate(args, say=_say)
     print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
     return EXIT_OK if trusted else EXIT_FAILED
+
+
+def _kvbench(args: argparse.Namespace) -> int:
+    from deploy.kvbench.command import run_kvbench
+
+    report = run_kvbench(args, say=_say)
+    print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
+    return EXIT_OK
 
 
 def _plan(args: argparse.Namespace) -> int:

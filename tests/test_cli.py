@@ -59,6 +59,7 @@ SURFACE = {
         "--hardware", "--kernels", "--max-concurrency", "--max-prompt", "--model", "--out", "--role",
         "--seconds", "--seed", "--shape", "--spec", "--tensor-parallel-size", "--url",
     ],
+    "kvbench": ["--device", "--json", "--out", "--rounds", "--shape", "--spec", "--tokens", "--transport"],
     "model": ["kind"],
     "down": ["--name"],
 }  # fmt: skip

@@ -15,6 +15,7 @@ FACTS: dict[str, Any] = {
     "theirs": 2, "known": ("decode-0",), "instance": "decode-0", "role": "decode", "detail": "d",
     "stage": "decode",
     "deadline_s": 1.5, "position": 3, "part": "decode-0", "bad_spec": True, "request_id": "r", "held": "h",
+    "transport": "nixl",
     "ttft_s": 2.0, "tpot_s": 0.1, "ttft_bound_s": 1.0, "tpot_bound_s": 0.2, "retry_after_s": 3,
     "header": "x", "why": "w", "limit_s": 0.7, "wait_s": 0.5, "chance": 0.4, "harm": 0.6,
     "waited_s": 3.0, "bound_s": 1.0, "request": "r", "asked": 2,

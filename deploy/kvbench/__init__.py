@@ -1,0 +1,1 @@
+"""`pdserve kvbench`: how fast KV moves between two processes of this machine."""

@@ -109,7 +109,7 @@ def test_it_measures_and_keeps_what_it_found(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--transport", "local", "--device", "cuda"], "give --transport nixl for --device cuda"),
+        (["--transport", "local", "--device", "cuda"], "give --transport nixl or torch for --device cuda"),
         (["--shape", "no-such-model"], "no-such-model"),
         (["--out", "/no/such/place/x.json"], "there is no directory /no/such/place"),
         (["--spec", "no.yaml"], "no.yaml"),

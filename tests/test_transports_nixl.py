@@ -17,10 +17,11 @@ from kv_transfer.layout import KvLayout, Order
 from kv_transfer.local_transport import LocalTransport
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.plan import Runs, make_plan
+from kv_transfer.torch_transport import TorchTransport
 from kv_transfer.transport import Region, TransferFailed, TransferState, Transport
 
-KINDS = {"local": LocalTransport, "nixl": NixlTransport}
-each_kind = pytest.mark.parametrize("kind", ["local", pytest.param("nixl", marks=pytest.mark.vllm)])
+KINDS = {"local": LocalTransport, "torch": TorchTransport, "nixl": NixlTransport}
+each_kind = pytest.mark.parametrize("kind", ["local", "torch", pytest.param("nixl", marks=pytest.mark.vllm)])
 DEADLINE_S = 60.0
 SOURCE = KvLayout(layers=3, kv_heads=4, place_bytes=64, block_tokens=32, blocks=80)
 TARGET = KvLayout(

@@ -15,7 +15,7 @@ from deploy.kvbench.report import KvBenchReport, Row, fit_link
 from deploy.workload_options import count_from, require_directories
 
 DEFAULT_BLOCK_TOKENS = 16
-NAMES = ("nixl", "local")
+NAMES = ("nixl", "torch", "local")
 
 
 def add_kvbench(commands: Any) -> Any:
@@ -34,7 +34,7 @@ def add_kvbench(commands: Any) -> Any:
         nargs="+",
         choices=NAMES,
         default=list(NAMES),
-        help="nixl: as engines use it; local: process_vm_readv (default both)",
+        help="nixl: as engines use it; torch: gloo, on GPUs NCCL; local: process_vm_readv (default all)",
     )
     bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="whose memory (default cpu)")
     bench.add_argument(
@@ -59,7 +59,7 @@ def run_kvbench(args: argparse.Namespace, say: Callable[[str], None]) -> KvBench
         names = [name for name in names if name != "local"]
         if not names:
             raise ValueError(
-                "--transport local reads main memory only: give --transport nixl for --device cuda"
+                "--transport local reads main memory only: give --transport nixl or torch for --device cuda"
             )
     try:
         from deploy.kvbench.measure_torch import measure

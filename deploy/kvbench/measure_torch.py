@@ -25,11 +25,15 @@ WORD_BYTES = 4
 
 
 def make_transport(name: str, device: str) -> Transport:
-    """`nixl` or `local`. Raises EnvironmentProblem when it is not there."""
+    """`nixl`, `torch` or `local`. Raises EnvironmentProblem when it is not there."""
     if name == "local":
         from kv_transfer.local_transport import LocalTransport
 
         return LocalTransport()
+    if name == "torch":
+        from kv_transfer.torch_transport import TorchTransport
+
+        return TorchTransport()
     if device == "cpu":
         # As engines on CPUs have it; a choice of the user's stays.
         os.environ.setdefault("UCX_TLS", "tcp,shm,self,cma")

@@ -145,7 +145,7 @@ class TorchTransport:
             return
         message = torch.empty(int(size.sum()), dtype=torch.uint8, device=device)
         for part, index, at in _by_region(self._memory, region, offset, size):
-            message.view(-1, index.unit)[at] = part[index.units]
+            _copy_rows(part, index.units, message.view(-1, index.unit), at)
         _send(group, torch.tensor([message.numel()], device=device))
         _send(group, message)
 
@@ -211,7 +211,7 @@ class _Reader:
                 for to, index, at in _by_region(
                     self._memory, part.target_region, part.target_offset, part.size
                 ):
-                    to[index.units] = message.view(-1, index.unit)[at]
+                    _copy_rows(message.view(-1, index.unit), at, to, index.units)
             if self._memory[0].is_cuda:
                 torch.cuda.synchronize()
         except RuntimeError as error:
@@ -245,6 +245,14 @@ def _by_region(
         whole = part[: part.numel() // unit * unit].view(-1, unit)
         units = torch.from_numpy(firsts + within).to(part.device)
         yield whole, _Index(unit, units), torch.from_numpy(places + within).to(part.device)
+
+
+def _copy_rows(of: torch.Tensor, rows: torch.Tensor, to: torch.Tensor, at: torch.Tensor) -> None:
+    if of.is_cuda:
+        to[at] = of[rows]
+    else:
+        # numpy moves a row at once, torch byte by byte on CPUs.
+        to.numpy()[at.numpy()] = of.numpy()[rows.numpy()]
 
 
 def _messages(runs: Runs) -> Iterator[Runs]:

@@ -105,10 +105,13 @@ class TransferSpec(Frozen):
     """How KV moves.
 
     Attributes:
+        transport: `nixl`; `torch` for torch.distributed (gloo, on GPUs NCCL); `local` for instances on
+            the CPUs of one machine.
         lease_s: how long a prefill instance keeps blocks that nobody asks for; the transfer renews it.
         ucx_tls: UCX transports, as in UCX_TLS; default: UCX's own choice on GPUs, shared memory on CPUs.
     """
 
+    transport: Literal["nixl", "torch", "local"] = "nixl"
     lease_s: int = Field(default=30, ge=6)
     ucx_tls: str | None = None
 

@@ -56,6 +56,7 @@ _HOME = {
     "NixlPullConnector": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector",
     "NixlPullConnectorScheduler": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler",
     "NixlPullConnectorWorker": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker",
+    "base_worker": "vllm.distributed.kv_transfer.kv_connector.v1.nixl",
     "NixlConnectorMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata",
     "KVConnectorRole": "vllm.distributed.kv_transfer.kv_connector.v1.base",
     "RequestStatus": "vllm.v1.request",

@@ -42,6 +42,7 @@ def kv_transfer_config(spec: ClusterSpec) -> dict[str, Any]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
             "kv_lease_duration": spec.transfer.lease_s,
+            "transport": spec.transfer.transport,
             # UCX worker threads; on CPUs each would take time from the engines' cores.
             "num_threads": 4 if spec.device == "gpu" else 1,
         },

@@ -77,6 +77,9 @@ class LocalTransport:
         self._jobs.put((peer, runs, transfer))
         return transfer
 
+    def disconnect(self, peer: LocalPeer) -> None:
+        """See `Transport`; nothing is kept of a peer."""
+
     def close(self) -> None:
         """See `Transport`."""
         self._jobs.put(None)

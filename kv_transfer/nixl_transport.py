@@ -93,6 +93,10 @@ class NixlTransport:
                 self._news.notify()
         return transfer
 
+    def disconnect(self, peer: NixlPeer) -> None:
+        """See `Transport`."""
+        self._agent.remove_remote_agent(peer.agent)
+
     def close(self) -> None:
         """See `Transport`."""
         with self._news:

@@ -97,6 +97,12 @@ class TorchTransport:
         """See `Transport`."""
         return peer.read(runs)
 
+    def disconnect(self, peer: _Reader) -> None:
+        """See `Transport`."""
+        if peer in self._readers:
+            self._readers.remove(peer)
+            peer.close()
+
     def close(self) -> None:
         """See `Transport`."""
         for reader in self._readers:

@@ -102,6 +102,10 @@ class Transport(Protocol):
         raises for what is wrong at the peer: the transfer is then FAILED."""
         ...
 
+    def disconnect(self, peer: Peer) -> None:
+        """Another is not read from any more; what is on its way may end either way."""
+        ...
+
     def close(self) -> None:
         """End what is on its way, and let nobody read any more."""
         ...

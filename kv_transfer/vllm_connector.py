@@ -6,6 +6,7 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
   carries tokens generated elsewhere can be handed over at any length;
 - blocks that nobody will read are released at once, by id, instead of when their lease ends;
 - a request that decodes ends at its next token when it is told to, and its blocks wait for another engine;
+- KV may move over another transport than NIXL (`agent_zmq`);
 - the progress thread of NIXL sleeps between polls (`nixl_progress`);
 - on CPUs the thread that computes the model stays where it was, and is not bound to the machine's last core;
 - the engine's processes end with the process that started them (`orphan`);
@@ -14,7 +15,9 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from cluster import vllm_api
@@ -22,6 +25,7 @@ from cluster.errors import EnvironmentProblem
 from cluster.handle import keep_for_reader
 from cluster.vllm_cpu_lora import skip_tokens_without_adapter
 from cluster.wire import HAND_OVER_PARAM, RELEASE_PARAM
+from kv_transfer.agent_zmq import ReadAgent
 from kv_transfer.nixl_progress import calm_progress_thread
 from kv_transfer.orphan import end_with_parent
 
@@ -107,7 +111,8 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         cores = os.sched_getaffinity(0)
-        super().__init__(*args)
+        with _agents_over(args[0].kv_transfer_config.get_from_extra_config("transport", "nixl")):
+            super().__init__(*args)
         # On CPUs vLLM binds this thread to the machine's last core, for the transfers; but it computes the
         # model as well, and every engine's would be on that core.
         os.sched_setaffinity(0, cores)
@@ -127,6 +132,32 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             results.finished_sending.update(self._done_without_reader)
             self._done_without_reader = set()
         return results
+
+
+@contextlib.contextmanager
+def _agents_over(transport: str) -> Iterator[None]:
+    """Let the stock worker make an agent over another transport than NIXL."""
+    if transport == "nixl":
+        yield
+        return
+    module = vllm_api.base_worker
+    stock = module.NixlWrapper
+
+    def make(name: str, _config: Any) -> ReadAgent:
+        host = os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"]
+        if transport == "local":
+            from kv_transfer.local_transport import LocalTransport
+
+            return ReadAgent(name, LocalTransport(), host)
+        from kv_transfer.torch_transport import TorchTransport
+
+        return ReadAgent(name, TorchTransport(host), host)
+
+    module.NixlWrapper = make
+    try:
+        yield
+    finally:
+        module.NixlWrapper = stock
 
 
 class PdConnector(NixlPullConnector):  # type: ignore[misc]

@@ -130,16 +130,23 @@ class Process:
         return result.result
 
 
-async def start(model: Path, role: str, engine_process: str, core: int, context: Any) -> Process:
+async def start(
+    model: Path, role: str, engine_process: str, cores: str, context: Any, overrides: dict[str, Any]
+) -> Process:
     """A worker that answers; ended again where it does not, or the other one fails."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
-    words = [sys.executable, "-m", "tests.worker_vllm", str(model), role, engine_process, str(core)]
+    words = [sys.executable, "-m", "tests.worker_vllm", str(model), role, engine_process, cores]
     log = model.parent / f"{role}-{engine_process}.log"
     with log.open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
-            *words, cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE, stderr=errors
+            *words,
+            json.dumps(overrides),
+            cwd=ROOT,
+            env=environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
         )
     try:
         return await connected(process, role, log, context)
@@ -168,14 +175,19 @@ async def connected(process: asyncio.subprocess.Process, role: str, log: Path, c
 
 
 @asynccontextmanager
-async def pair(model: Path, engine_process: str) -> AsyncIterator[tuple[Process, Process]]:
+async def pair(
+    model: Path,
+    engine_process: str,
+    overrides: dict[str, Any] | None = None,
+    cores: tuple[str, str] = ("0", "1"),
+) -> AsyncIterator[tuple[Process, Process]]:
     context = zmq.asyncio.Context()
     processes: list[Process] = []
     try:
         async with asyncio.TaskGroup() as starting:
             started = [
-                starting.create_task(start(model, role, engine_process, core, context))
-                for core, role in enumerate(("prefill", "decode"))
+                starting.create_task(start(model, role, engine_process, of, context, overrides or {}))
+                for of, role in zip(cores, ("prefill", "decode"), strict=True)
             ]
         processes = [task.result() for task in started]
         yield processes[0], processes[1]

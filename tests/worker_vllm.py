@@ -1,6 +1,8 @@
 """A worker without Ray, in a process of its own: prints one JSON line when it is ready, then serves.
 
-python -m tests.worker_vllm MODEL ROLE thread|own CORE
+python -m tests.worker_vllm MODEL ROLE thread|own CORES [OVERRIDES]
+
+OVERRIDES is a spec's keys as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from cluster.worker import Worker
 
 
 async def main() -> None:
-    model, role, engine_process, core = sys.argv[1:]
+    model, role, engine_process, cores, *overrides = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is no answer
     spec = ClusterSpec.model_validate(
@@ -33,6 +35,7 @@ async def main() -> None:
                 "kv_cache_memory_bytes": 128 << 20,
             },
         }
+        | (json.loads(overrides[0]) if overrides else {})
     )
     worker = Worker(
         spec,
@@ -40,7 +43,7 @@ async def main() -> None:
         instance_id=f"{role}-0",
         incarnation="1",
         host="127.0.0.1",
-        cores=core,
+        cores=cores,
         phase_options={},
         on_phase=lambda phase: None,
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import EnvironmentProblem
 from cluster.model_shape import shape_of
 from cluster.spec import PoolSpec, load_spec
-from deploy.kvbench.cases import Bench, flat_bench, layout_bench, layout_of
-from deploy.kvbench.report import KvBenchReport, Row, fit_link
 from deploy.workload_options import count_from, require_directories
+
+if TYPE_CHECKING:  # the command line works without numpy and torch
+    from deploy.kvbench.cases import Bench
+    from deploy.kvbench.report import KvBenchReport, Row
 
 DEFAULT_BLOCK_TOKENS = 16
 NAMES = ("nixl", "torch", "local")
@@ -53,6 +55,14 @@ def add_kvbench(commands: Any) -> Any:
 def run_kvbench(args: argparse.Namespace, say: Callable[[str], None]) -> KvBenchReport:
     """Measure. Raises ValueError and SpecError for bad input, EnvironmentProblem for what is not here."""
     require_directories(args.out)
+    try:
+        from deploy.kvbench.cases import flat_bench
+        from deploy.kvbench.measure_torch import measure
+        from deploy.kvbench.report import KvBenchReport, fit_link
+    except ImportError as error:
+        raise EnvironmentProblem(
+            problem=f"{error.name} is not there", remedy="install pdserve's 'gpu' or 'cpu' extra"
+        ) from error
     benches = [flat_bench(), *_layout_benches(args)]
     names = list(dict.fromkeys(args.transport))
     if args.device == "cuda":
@@ -61,10 +71,6 @@ def run_kvbench(args: argparse.Namespace, say: Callable[[str], None]) -> KvBench
             raise ValueError(
                 "--transport local reads main memory only: give --transport nixl or torch for --device cuda"
             )
-    try:
-        from deploy.kvbench.measure_torch import measure
-    except ImportError as error:
-        raise EnvironmentProblem(problem=f"torch is not there ({error})", remedy="see the README") from error
     rows: list[Row] = []
     for bench in benches:
         for name in names:
@@ -77,6 +83,8 @@ def run_kvbench(args: argparse.Namespace, say: Callable[[str], None]) -> KvBench
 
 
 def _layout_benches(args: argparse.Namespace) -> list[Bench]:
+    from deploy.kvbench.cases import layout_bench, layout_of
+
     if args.shape is not None:
         layout = layout_of(
             shape_of(args.shape), block_tokens=DEFAULT_BLOCK_TOKENS, tokens=args.tokens, ranks=(1, 1)

@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 # The docs' figures are of all pairs and 200 requests (PDSERVE_HAND_OFFS=200), which takes seven minutes.
 MANY = "PDSERVE_HAND_OFFS" in os.environ
 REQUESTS = int(os.environ.get("PDSERVE_HAND_OFFS", "30"))
-UNEQUAL = [("nixl", 1, 2), ("torch", 2, 1), *([("nixl", 2, 1), ("torch", 1, 2)] if MANY else [])]
+UNEQUAL = [("nixl", 1, 2), *([("nixl", 2, 1), ("torch", 1, 2), ("torch", 2, 1)] if MANY else [])]
+ALONE = ["torch", *(["local"] if MANY else [])]
 
 
 async def check_many(prefill: Process, decode: Process) -> None:
@@ -40,7 +41,7 @@ async def check_many(prefill: Process, decode: Process) -> None:
         assert stats.num_external_cached_tokens + stats.num_local_cached_tokens == len(prompt)
 
 
-@pytest.mark.parametrize("transport", ["torch", "local"])
+@pytest.mark.parametrize("transport", ALONE)
 async def test_hand_off(tmp_path: Path, transport: str) -> None:
     model = build_tiny_model(tmp_path / "tiny")
     async with pair(model, "thread", {"transfer": {"transport": transport}}) as (prefill, decode):

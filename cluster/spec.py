@@ -101,6 +101,9 @@ class DeadlineSpec(Frozen):
     drain_s: PositiveFloat = 30.0
 
 
+TransportName = Literal["nixl", "torch", "local"]
+
+
 class TransferSpec(Frozen):
     """How KV moves.
 
@@ -111,7 +114,7 @@ class TransferSpec(Frozen):
         ucx_tls: UCX transports, as in UCX_TLS; default: UCX's own choice on GPUs, shared memory on CPUs.
     """
 
-    transport: Literal["nixl", "torch", "local"] = "nixl"
+    transport: TransportName = "nixl"
     lease_s: int = Field(default=30, ge=6)
     ucx_tls: str | None = None
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kv_transfer.nixl_progress import calm_progress_thread
 from kv_transfer.plan import Runs
-from kv_transfer.transport import Region, Transfer, TransferFailed
+from kv_transfer.transport import Region, Transfer, TransferFailed, are_on_gpu
 
 NAME = "nixl"
 # NIXL tells of an end only when it is asked. Short reads are asked for often, long ones less and less.
@@ -55,7 +55,7 @@ class NixlTransport:
     def register(self, regions: Sequence[Region]) -> bytes:
         """See `Transport`; all regions are in main memory, or all on GPUs."""
         rows = [(r.address, r.size, r.device or 0, "") for r in regions]
-        descriptors = self._agent.get_reg_descs(rows, _kind(r.device for r in regions))
+        descriptors = self._agent.get_reg_descs(rows, "VRAM" if are_on_gpu(regions) else "DRAM")
         self._registered.append(self._agent.register_memory(descriptors))
         self._mine = NixlPeer(
             self._agent.get_agent_metadata(),
@@ -150,13 +150,6 @@ class NixlTransport:
     def _settle(self, handle: Any, transfer: Transfer, state: str) -> None:
         self._agent.release_xfer_handle(handle)
         transfer.settle(None if state == "DONE" else _failed("NIXL reports an error"))
-
-
-def _kind(devices: Any) -> str:
-    kinds = {"DRAM" if device is None else "VRAM" for device in devices}
-    if len(kinds) != 1:
-        raise ValueError("regions must all be in main memory, or all on GPUs, and at least one")
-    return str(kinds.pop())
 
 
 def _failed(why: object) -> TransferFailed:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
@@ -45,11 +46,15 @@ class Runs:
         """Bytes in all."""
         return int(self.size.sum())
 
+    def pick(self, which: Any) -> Runs:
+        """Some of them: by a slice, a mask, or places in the order that is wanted."""
+        return Runs(*(column[which] for column in self._columns()))
+
     def joined(self) -> Runs:
         """The same bytes in as few runs as there can be, in the target's order."""
-        order = numpy.lexsort((self.target_offset, self.target_region))
-        columns = [column[order] for column in self._columns()]
-        source_region, source_offset, target_region, target_offset, size = columns
+        source_region, source_offset, target_region, target_offset, size = self.pick(
+            numpy.lexsort((self.target_offset, self.target_region))
+        )._columns()
         begins = numpy.ones(len(size), dtype=bool)
         begins[1:] = (
             (source_region[1:] != source_region[:-1])

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import zmq
 
 from kv_transfer.plan import Runs
-from kv_transfer.transport import Region, Transfer, TransferFailed
+from kv_transfer.transport import Region, Transfer, TransferFailed, are_on_gpu
 
 NAME = "torch"
 CONNECT_S = 10.0
@@ -79,12 +79,10 @@ class TorchTransport:
 
     def register(self, regions: Sequence[Region]) -> bytes:
         """See `Transport`; all regions are in main memory, or all on GPUs."""
+        on_gpu = are_on_gpu(regions)
         self._memory = [_bytes_of(region) for region in regions]
-        kinds = {region.device is not None for region in regions}
-        if len(kinds) != 1:
-            raise ValueError("regions must all be in main memory, or all on GPUs, and at least one")
         endpoint = f"tcp://{self._host}:{self._port}"
-        return msgspec.msgpack.encode(TorchPeer(endpoint, self._host, kinds.pop()))
+        return msgspec.msgpack.encode(TorchPeer(endpoint, self._host, on_gpu))
 
     def connect(self, described: bytes) -> _Reader:
         """See `Transport`."""
@@ -150,8 +148,8 @@ class TorchTransport:
             _send(group, torch.tensor([_REFUSED], device=device))
             return
         message = torch.empty(int(size.sum()), dtype=torch.uint8, device=device)
-        for part, index, at in _by_region(self._memory, region, offset, size):
-            _copy_rows(part, index.units, message.view(-1, index.unit), at)
+        for rows, of, at in _by_region(self._memory, region, offset, size):
+            _copy_rows(rows, of, message.view(-1, rows.shape[1]), at)
         _send(group, torch.tensor([message.numel()], device=device))
         _send(group, message)
 
@@ -214,10 +212,10 @@ class _Reader:
                     return _failed("the source does not have what was asked for")
                 message = torch.empty(int(head), dtype=torch.uint8, device=device)
                 _receive(self._group, message)
-                for to, index, at in _by_region(
+                for to, rows, at in _by_region(
                     self._memory, part.target_region, part.target_offset, part.size
                 ):
-                    _copy_rows(message.view(-1, index.unit), at, to, index.units)
+                    _copy_rows(message.view(-1, to.shape[1]), at, to, rows)
             if self._memory[0].is_cuda:
                 torch.cuda.synchronize()
         except RuntimeError as error:
@@ -227,17 +225,11 @@ class _Reader:
         return None
 
 
-class _Index(msgspec.Struct):
-    """Units of so many bytes in a region."""
-
-    unit: int
-    units: torch.Tensor
-
-
 def _by_region(
     memory: list[torch.Tensor], region: Any, offset: Any, size: Any
-) -> Iterator[tuple[torch.Tensor, _Index, torch.Tensor]]:
-    """(region as units, which of its units, which of the message's) for all pieces of each region."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(rows, which of them, which of the message's) for each region that has pieces; a row is as many bytes
+    as divide all offsets and sizes."""
     unit = int(numpy.gcd.reduce(numpy.concatenate([offset, size])))
     # A region's end may be no multiple: what is beyond its last unit is in no piece.
     begins = numpy.cumsum(size) - size
@@ -249,8 +241,11 @@ def _by_region(
         within = numpy.arange(counts.sum()) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
         part = memory[int(number)]
         whole = part[: part.numel() // unit * unit].view(-1, unit)
-        units = torch.from_numpy(firsts + within).to(part.device)
-        yield whole, _Index(unit, units), torch.from_numpy(places + within).to(part.device)
+        yield (
+            whole,
+            torch.from_numpy(firsts + within).to(part.device),
+            torch.from_numpy(places + within).to(part.device),
+        )
 
 
 def _copy_rows(of: torch.Tensor, rows: torch.Tensor, to: torch.Tensor, at: torch.Tensor) -> None:
@@ -265,14 +260,7 @@ def _messages(runs: Runs) -> Iterator[Runs]:
     """The same bytes in parts of at most `MESSAGE_BYTES`, where a piece is not larger itself."""
     part = (numpy.cumsum(runs.size) - 1) // MESSAGE_BYTES
     for number in numpy.unique(part):
-        mine = part == number
-        yield Runs(
-            runs.source_region[mine],
-            runs.source_offset[mine],
-            runs.target_region[mine],
-            runs.target_offset[mine],
-            runs.size[mine],
-        )
+        yield runs.pick(part == number)
 
 
 def _group(store: dist.Store, rank: int, *, on_gpu: bool) -> Any:

@@ -48,6 +48,14 @@ class Region:
     device: int | None = None
 
 
+def are_on_gpu(regions: Sequence[Region]) -> bool:
+    """Whether all are on GPUs. Raises ValueError when some are and some are not, and for none."""
+    kinds = {region.device is not None for region in regions}
+    if len(kinds) != 1:
+        raise ValueError("regions must all be in main memory, or all on GPUs, and at least one")
+    return kinds.pop()
+
+
 class Transfer:
     """One read on its way. Its end is an event: waiting takes no time of a core.
 

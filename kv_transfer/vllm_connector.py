@@ -23,11 +23,13 @@ from typing import Any
 from cluster import vllm_api
 from cluster.errors import EnvironmentProblem
 from cluster.handle import keep_for_reader
+from cluster.spec import TransportName
 from cluster.vllm_cpu_lora import skip_tokens_without_adapter
 from cluster.wire import HAND_OVER_PARAM, RELEASE_PARAM
 from kv_transfer.agent_zmq import ReadAgent
 from kv_transfer.nixl_progress import calm_progress_thread
 from kv_transfer.orphan import end_with_parent
+from kv_transfer.transports import make_transport
 
 NixlPullConnector: Any = vllm_api.NixlPullConnector
 NixlPullConnectorScheduler: Any = vllm_api.NixlPullConnectorScheduler
@@ -135,7 +137,7 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _agents_over(transport: str) -> Iterator[None]:
+def _agents_over(transport: TransportName) -> Iterator[None]:
     """Let the stock worker make an agent over another transport than NIXL."""
     if transport == "nixl":
         yield
@@ -145,13 +147,7 @@ def _agents_over(transport: str) -> Iterator[None]:
 
     def make(name: str, _config: Any) -> ReadAgent:
         host = os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"]
-        if transport == "local":
-            from kv_transfer.local_transport import LocalTransport
-
-            return ReadAgent(name, LocalTransport(), host)
-        from kv_transfer.torch_transport import TorchTransport
-
-        return ReadAgent(name, TorchTransport(host), host)
+        return ReadAgent(name, make_transport(transport, host), host)
 
     module.NixlWrapper = make
     try:

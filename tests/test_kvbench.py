@@ -9,6 +9,7 @@ import numpy
 import pytest
 
 from cluster.model_shape import named_shape
+from cluster.spec import TransportName
 from deploy.cli import main
 from deploy.kvbench.cases import Bench, flat_bench, layout_bench, layout_of
 from deploy.kvbench.report import KvBenchReport, Link, Row, fit_link
@@ -128,12 +129,12 @@ def test_content_that_arrives_otherwise_is_a_failure(monkeypatch: pytest.MonkeyP
     from deploy.kvbench import measure_torch
     from kv_transfer.transport import TransferFailed
 
-    stock = measure_torch.make_transport
+    stock = measure_torch.open_transport
 
     class Shifted:
         """Reads one word too far."""
 
-        def __init__(self, name: str, device: str) -> None:
+        def __init__(self, name: TransportName, device: str) -> None:
             self._inner = stock(name, device)
             self.name, self.register, self.connect = "local", self._inner.register, self._inner.connect
             self.close = self._inner.close
@@ -145,6 +146,6 @@ def test_content_that_arrives_otherwise_is_a_failure(monkeypatch: pytest.MonkeyP
                 peer, Runs(runs.source_region, moved, runs.target_region, runs.target_offset, runs.size)
             )
 
-    monkeypatch.setattr(measure_torch, "make_transport", Shifted)
+    monkeypatch.setattr(measure_torch, "open_transport", Shifted)
     with pytest.raises(TransferFailed, match="arrived otherwise than it was sent"):
         measure_torch.measure(flat_bench(), transport="local", device="cpu", rounds=1, say=lambda _: None)

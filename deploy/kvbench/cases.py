@@ -66,7 +66,7 @@ def flat_bench(seed: int = 0) -> Bench:
     for count in AT_ONCE:
         # Of different places: one of a cache's lines is not read twice.
         whole = _scattered(count, PIECES_IN_ALL, size, rng)
-        each = tuple(_part(whole, slice(i, i + 1)) for i in range(count))
+        each = tuple(whole.pick(slice(i, i + 1)) for i in range(count))
         cases.append(Case(what=f"{count} at once", transfers=each, at_once=True))
     return Bench(name="memory", source_regions=(size,), target_regions=(size,), cases=tuple(cases))
 
@@ -131,16 +131,6 @@ def _scattered(count: int, size: int, of: int, rng: Random) -> Runs:
     sides = [numpy.array(rng.sample(range(places), count), dtype=numpy.int64) * size for _ in range(2)]
     zeros: Ints = numpy.zeros(count, dtype=numpy.int64)
     return Runs(zeros, sides[0], zeros, sides[1], numpy.full(count, size, dtype=numpy.int64))
-
-
-def _part(runs: Runs, which: slice) -> Runs:
-    return Runs(
-        runs.source_region[which],
-        runs.source_offset[which],
-        runs.target_region[which],
-        runs.target_offset[which],
-        runs.size[which],
-    )
 
 
 def _all_of(parts: Sequence[Runs]) -> Runs:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from cluster.errors import EnvironmentProblem
 from cluster.model_shape import shape_of
-from cluster.spec import PoolSpec, load_spec
+from cluster.spec import PoolSpec, TransportName, load_spec
 from deploy.workload_options import count_from, require_directories
 
 if TYPE_CHECKING:  # the command line works without numpy and torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the command line works without numpy and torch
     from deploy.kvbench.report import KvBenchReport, Row
 
 DEFAULT_BLOCK_TOKENS = 16
-NAMES = ("nixl", "torch", "local")
+NAMES: tuple[TransportName, ...] = get_args(TransportName)
 
 
 def add_kvbench(commands: Any) -> Any:

@@ -13,10 +13,12 @@ from statistics import median
 import torch
 
 from cluster.errors import EnvironmentProblem
+from cluster.spec import TransportName
 from deploy.kvbench.cases import Bench, Case
 from deploy.kvbench.report import Row
 from kv_transfer.plan import Runs
 from kv_transfer.transport import Peer, Region, Transfer, TransferFailed, Transport
+from kv_transfer.transports import make_transport
 
 DEADLINE_S = 60.0
 # Words whose content is compared after each first read.
@@ -24,31 +26,23 @@ MOST_CHECKED = 512
 WORD_BYTES = 4
 
 
-def make_transport(name: str, device: str) -> Transport:
-    """`nixl`, `torch` or `local`. Raises EnvironmentProblem when it is not there."""
-    if name == "local":
-        from kv_transfer.local_transport import LocalTransport
-
-        return LocalTransport()
-    if name == "torch":
-        from kv_transfer.torch_transport import TorchTransport
-
-        return TorchTransport()
+def open_transport(name: TransportName, device: str) -> Transport:
+    """Raises EnvironmentProblem when it is not there."""
     if device == "cpu":
         # As engines on CPUs have it; a choice of the user's stays.
         os.environ.setdefault("UCX_TLS", "tcp,shm,self,cma")
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     try:
-        from kv_transfer.nixl_transport import NixlTransport
+        return make_transport(name, "127.0.0.1")
     except ImportError as error:
         raise EnvironmentProblem(
-            problem=f"NIXL is not there ({error})", remedy="install the package, or give --transport local"
+            problem=f"the library of transport {name} is not there ({error})",
+            remedy="install the package, or give --transport local",
         ) from error
-    return NixlTransport()
 
 
 def measure(
-    bench: Bench, *, transport: str, device: str, rounds: int, say: Callable[[str], None]
+    bench: Bench, *, transport: TransportName, device: str, rounds: int, say: Callable[[str], None]
 ) -> list[Row]:
     """All cases, round by round. Raises TransferFailed for what did not arrive as it was sent."""
     torch.set_num_threads(1)
@@ -82,14 +76,14 @@ def measure(
 class _Reader:
     """Reads from a source in another process."""
 
-    def __init__(self, bench: Bench, transport: str, device: str, described: bytes) -> None:
+    def __init__(self, bench: Bench, transport: TransportName, device: str, described: bytes) -> None:
         self._device = device
         self._memory = [
             torch.zeros(_words(size), dtype=torch.int32, device=device) for size in bench.target_regions
         ]
         longest = max(case.bytes for case in bench.cases)
         self._copied = [torch.ones(_words(longest), dtype=torch.int32, device=device) for _ in range(2)]
-        self._transport = make_transport(transport, device)
+        self._transport = open_transport(transport, device)
         self._transport.register(_regions(self._memory))
         self._peer: Peer = self._transport.connect(described)
 
@@ -154,7 +148,7 @@ def _regions(memory: list[torch.Tensor]) -> list[Region]:
     ]
 
 
-def _be_source(sizes: tuple[int, ...], transport: str, device: str, pipe: Connection) -> None:
+def _be_source(sizes: tuple[int, ...], transport: TransportName, device: str, pipe: Connection) -> None:
     """Has memory to be read, until told to end. A word's content is its place, and its region added."""
     memory = [
         torch.arange(_words(size), dtype=torch.int32, device=device) + number
@@ -162,14 +156,14 @@ def _be_source(sizes: tuple[int, ...], transport: str, device: str, pipe: Connec
     ]
     if device == "cuda":
         torch.cuda.synchronize()
-    source = make_transport(transport, device)
+    source = open_transport(transport, device)
     pipe.send(source.register(_regions(memory)))
     pipe.poll(None)
     source.close()
 
 
 @contextmanager
-def _source(sizes: tuple[int, ...], transport: str, device: str) -> Iterator[bytes]:
+def _source(sizes: tuple[int, ...], transport: TransportName, device: str) -> Iterator[bytes]:
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=_be_source, args=(sizes, transport, device, there), daemon=True)

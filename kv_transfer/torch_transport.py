@@ -28,6 +28,8 @@ NAME = "torch"
 CONNECT_S = 10.0
 # A message that does not arrive within this has no sender.
 MESSAGE_S = 30.0
+# A reader that asks for nothing is looked for this often: gloo tells of its end only who sends to it.
+IDLE_S = 5.0
 # Of both sides' staging memory, per reader.
 MESSAGE_BYTES = 32 << 20
 _REFUSED = -1
@@ -107,7 +109,7 @@ class TorchTransport:
             reader.close()
         self._closed.set()
         self._thread.join()
-        for session in self._sessions.values():
+        for session in list(self._sessions.values()):
             session.put(None)
         self._socket.close(linger=0)
         self._context.term()
@@ -123,21 +125,29 @@ class TorchTransport:
                 asked: queue.SimpleQueue[_Ask | None] = queue.SimpleQueue()
                 self._sessions[reader] = asked
                 join = msgspec.msgpack.decode(body, type=_Join)
-                threading.Thread(target=self._serve, args=(join, asked), daemon=True).start()
+                threading.Thread(
+                    target=self._serve, args=(reader, join, asked), name="torch-session", daemon=True
+                ).start()
             elif (session := self._sessions.get(reader)) is not None:
                 session.put(msgspec.msgpack.decode(body, type=_Ask) if kind == b"R" else None)
-                if kind == b"B":
-                    del self._sessions[reader]
 
-    def _serve(self, join: _Join, asked: queue.SimpleQueue[_Ask | None]) -> None:
-        """Answer one reader until it leaves; a reader that is gone ends the group, and with it this."""
+    def _serve(self, reader: bytes, join: _Join, asked: queue.SimpleQueue[_Ask | None]) -> None:
+        """Answer one reader until it leaves, or is gone with the store at which the group met."""
         with contextlib.suppress(RuntimeError):
             store = dist.TCPStore(
                 join.host, join.port, 2, is_master=False, timeout=timedelta(seconds=CONNECT_S)
             )
             group = _group(store, 0, on_gpu=self._memory[0].is_cuda)
-            while (ask := asked.get()) is not None:
+            while True:
+                try:
+                    ask = asked.get(timeout=IDLE_S)
+                except queue.Empty:
+                    store.num_keys()
+                    continue
+                if ask is None:
+                    break
                 self._answer(group, ask)
+        self._sessions.pop(reader, None)
 
     def _answer(self, group: Any, ask: _Ask) -> None:
         region, offset, size = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import numpy
 import pytest
 from numpy.typing import NDArray
 
+from kv_transfer import torch_transport
 from kv_transfer.layout import KvLayout, Order
 from kv_transfer.local_transport import LocalTransport
 from kv_transfer.nixl_transport import NixlTransport
@@ -120,6 +122,40 @@ def test_a_source_that_was_killed_fails_the_read_and_its_successor_is_not_read(k
             with pytest.raises(TransferFailed):
                 transfer.wait(DEADLINE_S)
             assert transfer.state is TransferState.FAILED
+
+
+def _be_reader(described: bytes, pipe: Connection) -> None:
+    memory = _memory(SOURCE, 0)
+    transport = TorchTransport()
+    transport.register(_regions(memory))
+    transport.read(transport.connect(described), _whole(memory)).wait(DEADLINE_S)
+    pipe.send(True)
+    time.sleep(DEADLINE_S)
+
+
+def test_a_reader_that_was_killed_leaves_no_thread_at_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_transport, "IDLE_S", 0.2)
+
+    def sessions() -> int:
+        return sum(thread.name == "torch-session" for thread in threading.enumerate())
+
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    memory, source = _source_content(), TorchTransport()
+    process = spawn.Process(target=_be_reader, args=(source.register(_regions(memory)), there), daemon=True)
+    process.start()
+    try:
+        assert here.poll(DEADLINE_S)
+        assert sessions() == 1
+        process.kill()
+        until = time.monotonic() + 20
+        while sessions() and time.monotonic() < until:
+            time.sleep(0.1)
+        assert sessions() == 0
+    finally:
+        process.kill()
+        process.join()
+        source.close()
 
 
 def test_the_local_transport_does_not_take_another_process_for_its_peer() -> None:

@@ -126,21 +126,28 @@ async def test_an_instance_is_drained_while_its_streams_go_on_elsewhere(url: str
     """Long answers need not end first: they move, and the next life takes new ones."""
     await wait_ready(url)
     before = {name: row["incarnation"] for name, row in (await asyncio.to_thread(rows, url)).items()}
-    streams = [asyncio.create_task(complete(client, 400, [200 + n] * 40)) for n in range(20)]
+    # Long enough to be there still when a busy machine takes seconds to say what runs, and to drain.
+    count = 1000
+    streams = [asyncio.create_task(complete(client, count, [200 + n] * 40)) for n in range(20)]
     async with asyncio.timeout(30):
-        while (await asyncio.to_thread(rows, url))["decode-0"]["load"]["running"] < 5:
+        while True:
+            found = await asyncio.to_thread(rows, url)
+            # Twins decode many as fast as few, so which of the two gets most is the policy's to say.
+            drained = max(("decode-0", "decode-1"), key=lambda name: found[name]["load"]["running"])
+            if found[drained]["load"]["running"] >= 5:
+                break
+            assert [stream.result() for stream in streams if stream.done()] == []
             await asyncio.sleep(0.1)
     began_s = time.monotonic()
-    assert await asyncio.to_thread(main, ["drain", "decode-0", "--url", url]) == 0
+    assert await asyncio.to_thread(main, ["drain", drained, "--url", url]) == 0
     took_s = time.monotonic() - began_s
     assert not any(stream.done() for stream in streams), took_s
-    assert await asyncio.gather(*streams) == [expected_tokens([200 + n] * 40, 400) for n in range(20)]
-    moved = await asyncio.to_thread(read_metric, url, 'pdserve_migrations_total{cause="drain"}')
-    recomputed = await asyncio.to_thread(read_metric, url, "pdserve_kv_tokens_recomputed_total")
-    assert (moved > 0, recomputed) == (True, 0)
+    assert await asyncio.gather(*streams) == [expected_tokens([200 + n] * 40, count) for n in range(20)]
+    assert max(await of_replicas(url, 'pdserve_migrations_total{cause="drain"}')) > 0
+    assert max(await of_replicas(url, "pdserve_kv_tokens_recomputed_total")) == 0
     await wait_ready(url)
     after = {name: row["incarnation"] for name, row in (await asyncio.to_thread(rows, url)).items()}
-    assert [name for name in after if after[name] != before[name]] == ["decode-0"]
+    assert [name for name in after if after[name] != before[name]] == [drained]
     assert await asyncio.to_thread(main, ["drain", "decode-9", "--url", url]) != 0
 
 

@@ -23,7 +23,7 @@ from tests.test_engines_vllm import (
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 # The docs' figures are of all pairs and 200 requests (PDSERVE_HAND_OFFS=200), which takes seven minutes.
 MANY = "PDSERVE_HAND_OFFS" in os.environ
-REQUESTS = int(os.environ.get("PDSERVE_HAND_OFFS", "30"))
+REQUESTS = int(os.environ.get("PDSERVE_HAND_OFFS", "12"))
 UNEQUAL = [("nixl", 1, 2), *([("nixl", 2, 1), ("torch", 1, 2), ("torch", 2, 1)] if MANY else [])]
 ALONE = ["torch", *(["local"] if MANY else [])]
 

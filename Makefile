@@ -28,8 +28,11 @@ demo: $(STAMP)  ## start a real split cluster on this machine, chat, replay a tr
 serve: $(STAMP)  ## the same cluster, left up until Ctrl-C
 	$(BIN)/pdserve up deploy/specs/cpu.yaml --model $(MODEL)
 
+# Clusters and engines take all cores of a small machine: those tests run one at a time. The others run two at a
+# time, a file whole, as its tests share fixtures.
 test: $(STAMP)  ## all tests: unit, property, real Ray, real vLLM and NIXL on the CPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm"
+	$(BIN)/python -m pytest -m "ray or vllm"
 
 check: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -35,6 +35,8 @@ CLEAR = 0.4
 # Who has less than that in its own pool may have its prompt computed among decodes: what it does to them is
 # known less well, so not for a little.
 SURE = 0.5
+# A request's part in the order of batches: of those that are as fast, the one with the fewest comes first.
+TIE_S = 1e-9
 # Of the usual ones that an instance has no more time for, the others find their place elsewhere.
 STAY = 0.25
 
@@ -278,7 +280,7 @@ class Goodput:
         batch_s = instance.decodes.iteration_s
         if batch_s is None:
             batch_s = self._predictor.batch_s(instance)
-        return batch_s * instance.decode_pace.factor
+        return batch_s * instance.decode_pace.rounded + TIE_S * len(instance.decodes)
 
     @staticmethod
     def _tpot_s(instance: InstanceView, output: int, iteration_s: float, work_s: float = 0.0) -> float:

@@ -15,6 +15,8 @@ GAIN = 0.05
 MOST_ERROR = 0.5
 # Before anything is known, and never less: predictions of single requests are off by a tenth.
 LEAST_SPREAD, FIRST_SPREAD, MOST_SPREAD = 0.05, 0.15, 0.6
+# A logarithm's last digits are of what came last: instances are as fast as each other within such a step.
+STEP = 0.02
 
 
 class Pace:
@@ -22,11 +24,12 @@ class Pace:
 
     Attributes:
         factor: what to multiply a prediction with.
+        rounded: the same in whole steps, to compare instances by.
         spread: usual error that is left, relative.
         seen: how many it has learned from.
     """
 
-    __slots__ = ("_error", "_log", "_most", "factor", "seen", "spread")
+    __slots__ = ("_error", "_log", "_most", "factor", "rounded", "seen", "spread")
 
     def __init__(self, most: float = 2.0) -> None:
         """
@@ -37,7 +40,7 @@ class Pace:
         self._log = 0.0
         self._error = FIRST_SPREAD
         self.seen = 0
-        self.factor = 1.0
+        self.factor = self.rounded = 1.0
         self.spread = FIRST_SPREAD
 
     def learn(self, predicted_s: float, actual_s: float) -> None:
@@ -53,6 +56,7 @@ class Pace:
         self._log += max(GAIN, 1 / self.seen) * error
         self._log = max(-self._most, min(self._most, self._log))
         self.factor = math.exp(self._log)
+        self.rounded = math.exp(round(self._log / STEP) * STEP)
         self.spread = max(LEAST_SPREAD, min(MOST_SPREAD, self._error))
 
 

@@ -82,6 +82,28 @@ def test_a_slow_instance_is_known_by_its_pace() -> None:
     assert decision.prefill == "prefill-1"
 
 
+@pytest.mark.parametrize("error", [0.997, 1.0, 1.003])
+def test_instances_that_are_as_fast_share_the_requests(error: float) -> None:
+    """Where a batch of any size takes as long, the noise of a learned factor is no reason to fill one."""
+    flat = LatencyProfile(
+        model="m",
+        machine="none",
+        source="made up",
+        prefill=(PrefillCost(base_s=0.01, token_s=1e-4),),
+        decode=(DecodeCost(base_s=0.01),),
+        region={},
+    )
+    policy = Goodput(Predictor(dict.fromkeys(Role, ProfiledLatency(flat))))
+    instances = decode(0), decode(1)
+    for _ in range(50):
+        instances[1].decode_pace.learn(0.01, 0.01 * error)
+    for number in range(20):
+        chosen = policy.decide(request(), view_of(prefill(0), *instances), 0.0).decode
+        one = next(one for one in instances if one.instance_id == chosen)
+        one.decodes.add(f"d{number}", 100, 0, math.inf)
+    assert [len(one.decodes) for one in instances] == [10, 10]
+
+
 def test_a_loose_request_leaves_the_light_instance_to_tight_ones() -> None:
     """The light one's 17 have 27 ms of their 40; each further one takes 1 ms."""
     tight, loose = Slo(tpot_s=0.04), Slo(tpot_s=0.1)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from cluster.errors import ServingError
 from cluster.instance import EngineFacts
-from cluster.wire import Blocks, Load, Offer
+from cluster.wire import Blocks, GoOn, Load, Offer
 
 Frames = Sequence[Any]
 
@@ -48,6 +48,10 @@ class Engine(Protocol):
     def hand_over(self, request_ids: list[str]) -> None:
         """End these running requests at their next token, by their length, and keep their blocks for a
         reader. Those that are unknown, do not run, or would end by then anyway are left as they are."""
+        ...
+
+    def go_on(self, message: GoOn) -> None:
+        """The prompt that a request follows is computed; an unknown id is no error."""
         ...
 
     async def call(self, method: str, args: list[Any]) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +26,28 @@ class KvHandle:
     params: Mapping[str, Any]
 
 
-def keep_for_reader() -> dict[str, Any]:
-    """`kv_transfer_params` that tell an engine to keep the finished request's blocks for a reader."""
-    return {
+class Follower(NamedTuple):
+    """A request that waits at another engine for the prompt that is computed here.
+
+    Attributes:
+        news_address: where its engine hears how far the prompt is.
+        request_id: its id there.
+    """
+
+    news_address: str
+    request_id: str
+
+
+# Keys of `kv_transfer_params`: at a source, its Follower; at a reader, that its prompt is under way.
+FOLLOWER_PARAM: Final = "pdserve_follower"
+FOLLOWS_PARAM: Final = "pdserve_follows"
+
+
+def keep_for_reader(follower: Follower | None = None) -> dict[str, Any]:
+    """`kv_transfer_params` that tell an engine to keep the finished request's blocks for a reader, and to
+    tell a `follower` of those that are full before."""
+    params = {} if follower is None else {FOLLOWER_PARAM: follower}
+    return params | {
         "do_remote_decode": True,
         "do_remote_prefill": False,
         "remote_engine_id": None,
@@ -36,6 +55,12 @@ def keep_for_reader() -> dict[str, Any]:
         "remote_host": None,
         "remote_port": None,
     }
+
+
+def follow(tokens: int) -> dict[str, Any]:
+    """`kv_transfer_params` of a request that is sent while so many tokens of its prompt are still computed
+    elsewhere: it waits until it is told to go on, and reads meanwhile what it hears of."""
+    return {FOLLOWS_PARAM: True, "remote_num_tokens": tokens}
 
 
 def handle_of(params: Mapping[str, Any] | None) -> KvHandle | None:

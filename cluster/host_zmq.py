@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # died closes its connection at once.
 HEARTBEAT_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 6_000
+# How long what was said last may take to leave.
+LAST_WORDS_MS = 200
 # Output messages queued for one ingress before it counts as stuck and is dropped.
 SEND_QUEUE = 100_000
 
@@ -113,9 +115,9 @@ class EngineHost:
         return not self._owner
 
     async def close(self) -> None:
-        """Close the data path."""
+        """Close the data path. What was said last still goes out: that no memory is in use, for example."""
         if self._socket is not None:
-            self._socket.close()
+            self._socket.close(linger=LAST_WORDS_MS)
         self._context.term()
 
     async def _receive(self) -> None:
@@ -139,6 +141,8 @@ class EngineHost:
                 self._engine.release(msgspec.msgpack.decode(frames[0], type=list[str]))
             case wire.HAND_OVER:
                 self._engine.hand_over(msgspec.msgpack.decode(frames[0], type=list[str]))
+            case wire.GO_ON:
+                self._engine.go_on(msgspec.msgpack.decode(frames[0], type=wire.GoOn))
             case wire.CALL:
                 call = msgspec.msgpack.decode(frames[0], type=wire.Call)
                 task = asyncio.create_task(self._call(ingress, call))

@@ -53,6 +53,9 @@ class EngineFacts:
         max_num_seqs: requests in a batch.
         tensor_parallel_size, pipeline_parallel_size: ranks.
         max_loras, max_cpu_loras: LoRA adapters in a batch, and in host memory; 0 without any.
+        chunk_tokens: tokens of one prompt in an iteration at most; 0 for no limit.
+        news_address: where it hears how far a prompt is computed elsewhere; empty for one that reads KV only
+            when all of it is there.
     """
 
     fingerprint: Fingerprint
@@ -64,6 +67,8 @@ class EngineFacts:
     pipeline_parallel_size: int = 1
     max_loras: int = 0
     max_cpu_loras: int = 0
+    chunk_tokens: int = 0
+    news_address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

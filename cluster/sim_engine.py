@@ -23,6 +23,7 @@ from cluster.block_names import BlockChanges
 from cluster.engine import Frames
 from cluster.errors import ServingError
 from cluster.fingerprint import model_fingerprint
+from cluster.handle import FOLLOWS_PARAM
 from cluster.instance import EngineFacts, Fingerprint, Role
 from cluster.latency import EMPTY_BATCH, Batch, Levels, level_at
 from cluster.sim_options import TwinOptions, twin_options
@@ -40,6 +41,7 @@ from cluster.wire import (
     DUE_PARAM,
     KEEP_PARAM,
     Blocks,
+    GoOn,
     Load,
     PrefillCounts,
     StepOutputs,
@@ -75,6 +77,10 @@ class KvGone(ServingError):
 
     def describe(self) -> str:
         return f"the KV of {self.request_id} can't be read: {self.detail}"
+
+
+# A twin hears nothing before a prompt is computed; its facts say that it may be sent one that follows.
+NEWS_ADDRESS = "twin"
 
 
 class KvExchange(Protocol):
@@ -203,6 +209,8 @@ class SimEngine:
         self._told: deque[tuple[float, Sequence]] = deque()
         self._reads: dict[str, asyncio.Task[None]] = {}
         self._leases: dict[str, asyncio.TimerHandle] = {}
+        # Their prompts are computed elsewhere; what has moved meanwhile, the exchange says when they go on.
+        self._following: dict[str, TokenRequest] = {}
         self._ahead = _MOST_STEPS_AHEAD
         self._counted_s = 0.0
         self._waker: asyncio.Future[None] | None = None
@@ -242,6 +250,8 @@ class SimEngine:
             pipeline_parallel_size=options.pipeline_stages,
             max_loras=options.max_loras,
             max_cpu_loras=options.max_cpu_loras,
+            chunk_tokens=_chunk_tokens(options),
+            news_address=NEWS_ADDRESS if options.overlap and self._exchange is not None else "",
         )
 
     def add(self, frames: Frames) -> None:
@@ -257,6 +267,9 @@ class SimEngine:
         params = request.sampling_params or {}
         extra = params.get("extra_args") or {}
         transfer = extra.get("kv_transfer_params") or {}
+        if transfer.get(FOLLOWS_PARAM):
+            self._following[request.request_id] = request
+            return []
         now_s = asyncio.get_running_loop().time()
         sequence = Sequence(
             request_id=request.request_id,
@@ -282,6 +295,7 @@ class SimEngine:
     def abort(self, request_ids: list[str]) -> None:
         self._catch_up(asyncio.get_running_loop().time())
         for request_id in request_ids:
+            self._following.pop(request_id, None)
             sequence = self._scheduler.remove(request_id)
             if (reading := self._reads.pop(request_id, None)) is not None:
                 reading.cancel()
@@ -303,6 +317,13 @@ class SimEngine:
         changed = [self._scheduler.hand_over(request_id) for request_id in request_ids]
         if any(changed):
             self._has_changed()
+
+    def go_on(self, message: GoOn) -> None:
+        request = self._following.pop(message.request_id, None)
+        if request is not None:
+            request.prompt_token_ids = request.prompt_token_ids + message.token_ids
+            request.sampling_params["extra_args"]["kv_transfer_params"] = message.kv_params
+            self.submit(request)
 
     async def call(self, method: str, args: list[Any]) -> Any:
         if method == "add_lora":
@@ -413,7 +434,7 @@ class SimEngine:
     @property
     def idle(self) -> bool:
         """Whether it holds no request and no block for anybody."""
-        return self._scheduler.empty and not self._scheduler.pool.used
+        return self._scheduler.empty and not self._scheduler.pool.used and not self._following
 
     # --- time
 
@@ -716,3 +737,10 @@ class SimEngine:
                 begin_s = end_s
         counters.kv_peak_blocks = max(counters.kv_peak_blocks, used)
         self._counted_s = begin_s
+
+
+def _chunk_tokens(options: TwinOptions) -> int:
+    if not options.chunked_prefill:
+        return 0
+    limits = (options.max_num_batched_tokens, options.long_prefill_token_threshold)
+    return min(limit for limit in limits if limit)

@@ -121,7 +121,7 @@ class SocketExchange:
             bytes_per_s=nic_bytes_per_s(spec, role),
             kv_bytes_per_token=kv_bytes_per_token,
             latency_s=spec.sim.network.latency_s if spec.sim.hardware else 0.0,
-            overlap=spec.sim.network.overlap,
+            overlap=spec.transfer.overlap,
         )
 
     async def start(self) -> None:

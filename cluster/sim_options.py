@@ -43,6 +43,7 @@ class TwinOptions:
         lease_s: how long blocks are kept for a reader that nobody hears of.
         max_loras, max_cpu_loras, adapter_load_s: LoRA adapters in an iteration and in host memory, 0 for
             none, and what loading one takes.
+        overlap: whether KV of a prompt of several chunks moves while it is computed.
     """
 
     blocks: int
@@ -63,6 +64,7 @@ class TwinOptions:
     max_loras: int = 0
     max_cpu_loras: int = 0
     adapter_load_s: float = 0.0
+    overlap: bool = False
 
 
 def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]) -> TwinOptions:
@@ -125,6 +127,7 @@ def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]
         max_loras=loras,
         max_cpu_loras=int(options.get("max_cpu_loras") or loras) if loras else 0,
         adapter_load_s=sim.adapter_load_s,
+        overlap=spec.transfer.overlap,
     )
 
 

@@ -112,11 +112,13 @@ class TransferSpec(Frozen):
             the CPUs of one machine.
         lease_s: how long a prefill instance keeps blocks that nobody asks for; the transfer renews it.
         ucx_tls: UCX transports, as in UCX_TLS; default: UCX's own choice on GPUs, shared memory on CPUs.
+        overlap: whether a prompt of several chunks is read chunk by chunk while it is still computed.
     """
 
     transport: TransportName = "nixl"
     lease_s: int = Field(default=30, ge=6)
     ucx_tls: str | None = None
+    overlap: bool = True
 
 
 class LoraSpec(Frozen):
@@ -140,14 +142,12 @@ class NetworkSpec(Frozen):
         nic_gbps: between nodes, per GPU and direction, in gigabits per second.
         nvlink_gbps: within a node, per GPU and direction, in gigabits per second; 0 for none (PCIe then).
         latency_s: from asking for KV until its first byte.
-        overlap: whether chunks of a prompt move while later ones are computed.
     """
 
     gpus_per_node: PositiveInt | None = None
     nic_gbps: PositiveFloat | None = None
     nvlink_gbps: float | None = Field(default=None, ge=0)
     latency_s: float = Field(default=0.001, ge=0)
-    overlap: bool = False
 
 
 class SimEngineSpec(Frozen):

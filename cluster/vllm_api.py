@@ -58,7 +58,13 @@ _HOME = {
     "NixlPullConnectorWorker": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker",
     "base_worker": "vllm.distributed.kv_transfer.kv_connector.v1.nixl",
     "NixlConnectorMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata",
+    "NixlKVConnectorStats": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats",
+    "NixlPromMetrics": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats",
+    "create_metric_per_engine": "vllm.v1.metrics.utils",
+    "ReqMeta": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata",
+    "RemoteMeta": "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata",
     "KVConnectorRole": "vllm.distributed.kv_transfer.kv_connector.v1.base",
+    "KVConnectorWorkerMetadata": "vllm.distributed.kv_transfer.kv_connector.v1.base",
     "RequestStatus": "vllm.v1.request",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 import time
@@ -15,8 +16,8 @@ from cluster.engine import EngineDied, Frames
 from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint
 from cluster.vllm_kv_events import VllmKvEvents
-from cluster.vllm_options import engine_config
-from cluster.wire import HAND_OVER_PARAM, RELEASE_PARAM, Blocks, Load
+from cluster.vllm_options import NEWS_ADDRESS, engine_config
+from cluster.wire import GO_ON_PARAM, HAND_OVER_PARAM, RELEASE_PARAM, Blocks, GoOn, Load
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,16 @@ def engine_facts(config: Any) -> EngineFacts:
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         max_loras=lora.max_loras if lora else 0,
         max_cpu_loras=lora.max_cpu_loras if lora else 0,
+        chunk_tokens=_chunk_tokens(config.scheduler_config),
+        news_address=os.environ.get(NEWS_ADDRESS, ""),
     )
+
+
+def _chunk_tokens(scheduler: Any) -> int:
+    if not scheduler.enable_chunked_prefill:
+        return 0
+    limits = (scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold)
+    return min(int(limit) for limit in limits if limit)
 
 
 def _kv_bytes_per_token(model: Any, kv_dtype: str) -> int:
@@ -62,14 +72,15 @@ def _kv_bytes_per_token(model: Any, kv_dtype: str) -> int:
     return int(2 * layers * model.get_total_num_kv_heads() * model.get_head_size() * element_bytes)
 
 
-def connector_message(param: str, request_ids: list[str]) -> Any:
-    """A request that tells the connector something of others, and that the engine aborts at once."""
+def connector_message(param: str, news: list[Any]) -> Any:
+    """A request that tells the connector something of others, and that the engine aborts at once; `news`
+    begins with an id."""
     return vllm_api.EngineCoreRequest(
-        request_id=f"{param}-{request_ids[0]}-{time.monotonic_ns()}",
+        request_id=f"{param}-{news[0]}-{time.monotonic_ns()}",
         prompt_token_ids=[0],
         mm_features=None,
         sampling_params=vllm_api.SamplingParams(
-            max_tokens=1, extra_args={"kv_transfer_params": {param: request_ids}}
+            max_tokens=1, extra_args={"kv_transfer_params": {param: news}}
         ),
         pooling_params=None,
         arrival_time=time.time(),
@@ -115,7 +126,10 @@ class VllmEngine:
     def hand_over(self, request_ids: list[str]) -> None:
         self._tell_connector(HAND_OVER_PARAM, request_ids)
 
-    def _tell_connector(self, param: str, request_ids: list[str]) -> None:
+    def go_on(self, message: GoOn) -> None:
+        self._tell_connector(GO_ON_PARAM, [message.request_id, message.token_ids, message.kv_params])
+
+    def _tell_connector(self, param: str, news: list[Any]) -> None:
         raise NotImplementedError
 
     async def block_changes(self) -> Blocks:
@@ -182,8 +196,8 @@ class ThreadEngine(VllmEngine):
     def abort(self, request_ids: list[str]) -> None:
         self._inbox.put(lambda core: core.abort_requests(request_ids))
 
-    def _tell_connector(self, param: str, request_ids: list[str]) -> None:
-        message = connector_message(param, request_ids)
+    def _tell_connector(self, param: str, news: list[Any]) -> None:
+        message = connector_message(param, news)
         self._inbox.put(lambda core: self._accept(core, message))
 
     async def call(self, method: str, args: list[Any]) -> Any:
@@ -297,8 +311,8 @@ class ProcessEngine(VllmEngine):
     def abort(self, request_ids: list[str]) -> None:
         self._send(self._client.abort_requests_async(request_ids))
 
-    def _tell_connector(self, param: str, request_ids: list[str]) -> None:
-        self._send(self._client.add_request_async(connector_message(param, request_ids)))
+    def _tell_connector(self, param: str, news: list[Any]) -> None:
+        self._send(self._client.add_request_async(connector_message(param, news)))
 
     async def call(self, method: str, args: list[Any]) -> Any:
         return await self._client.call_utility_async(method, *args)

@@ -14,6 +14,8 @@ from cluster.instance import Role
 from cluster.spec import ClusterSpec
 
 CONNECTOR_MODULE = "kv_transfer.vllm_connector"
+# Environment of an engine: where it hears how far prompts are computed elsewhere; unset where it shall not.
+NEWS_ADDRESS = "PDSERVE_NEWS_ADDRESS"
 
 
 def engine_options(spec: ClusterSpec, role: Role, phase_defaults: dict[str, Any]) -> dict[str, Any]:
@@ -88,12 +90,15 @@ def require_device(spec: ClusterSpec, instance_id: str) -> None:
         )
 
 
-def set_engine_environment(spec: ClusterSpec, role: Role, *, host: str, side_port: int, cores: str) -> None:
+def set_engine_environment(
+    spec: ClusterSpec, role: Role, *, host: str, side_port: int, news_port: int, cores: str
+) -> None:
     """Environment of an engine, to be set before vLLM is imported.
 
     Args:
         host: address other instances reach this one at.
         side_port: port of the NIXL handshake.
+        news_port: where it hears of prompts that are computed elsewhere.
         cores: CPU cores of its ranks in vLLM's notation, for example `0|1`; CPU only.
     """
     pool = spec.pool(role)
@@ -110,6 +115,8 @@ def set_engine_environment(spec: ClusterSpec, role: Role, *, host: str, side_por
         # UCX turns reads over CUDA IPC off where it sees no NVLink, and then goes through TCP on the host: a
         # hundredth of the speed (benchmarks/gpu).
         settings["UCX_CUDA_IPC_ENABLE_GET_ZCOPY"] = "on"
+    if spec.transfer.overlap:
+        settings[NEWS_ADDRESS] = f"tcp://{host}:{news_port}"
     if spec.engine_process == "thread":
         settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if spec.transfer.ucx_tls is not None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-WIRE_VERSION: Final = 4
+WIRE_VERSION: Final = 5
 
 # ingress -> instance
 HELLO: Final = b"H"  # header Hello
@@ -22,6 +22,7 @@ ADD: Final = b"A"  # header Offer, then the encoded request
 ABORT: Final = b"X"  # header list[str]: request ids
 RELEASE: Final = b"R"  # header list[str]: request ids whose blocks nobody will read
 HAND_OVER: Final = b"M"  # header list[str]: requests that shall go on elsewhere
+GO_ON: Final = b"G"  # header GoOn: a request whose prompt was computed elsewhere meanwhile
 CALL: Final = b"U"  # header Call
 BYE: Final = b"B"  # the ingress leaves: abort all it has here
 # instance -> ingress
@@ -38,6 +39,9 @@ FATAL: Final = b"F"  # header str: the engine died of this
 RELEASE_PARAM: Final = "pdserve_release"
 # And in one that tells it to end these at their next token, and to keep their blocks for a reader.
 HAND_OVER_PARAM: Final = "pdserve_hand_over"
+
+# And in one that tells it, as a GoOn, that a request which follows a prompt has it now.
+GO_ON_PARAM: Final = "pdserve_go_on"
 
 # Key of a request's `extra_args`: seconds until its first token is due.
 DUE_PARAM: Final = "pdserve_due_in_s"
@@ -97,6 +101,19 @@ class Offer(msgspec.Struct, array_like=True):
     tokens: int
     due_in_s: float | None = None
     must_take: bool = False
+
+
+class GoOn(msgspec.Struct, array_like=True):
+    """The prompt that a request follows (`cluster.handle.follow`) is computed.
+
+    Attributes:
+        token_ids: what was generated there, which is part of its prompt from now on.
+        kv_params: how to read what it has not read yet.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    kv_params: dict[str, Any]
 
 
 class Call(msgspec.Struct, array_like=True):

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.engine import Doorman, Engine, EngineDied
+from cluster.errors import EnvironmentProblem
 from cluster.instance import EngineFacts, InstanceState, Role
 from cluster.latency import LatencyModel
 from cluster.spec import ClusterSpec
@@ -22,6 +25,9 @@ if TYPE_CHECKING:  # a worker on a GPU has none
 TwinParts = Callable[[LatencyModel], Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
+
+# Below are those of well-known services, Ray's and vLLM's defaults among them.
+_FIRST_PORT = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +137,14 @@ class Worker:
 
         require_device(self._spec, self._instance_id)
         # Before vLLM is imported: it reads its environment once.
+        side_port, news_port = free_ports(self._host, 2)
         set_engine_environment(
-            self._spec, self._role, host=self._host, side_port=free_port(self._host), cores=self._cores
+            self._spec,
+            self._role,
+            host=self._host,
+            side_port=side_port,
+            news_port=news_port,
+            cores=self._cores,
         )
         self._note("importing vLLM")
         from cluster import vllm_engine
@@ -173,8 +185,26 @@ class Worker:
             await self._exchange.close()
 
 
-def free_port(host: str) -> int:
-    """A TCP port of `host` that is free now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def free_ports(host: str, count: int) -> list[int]:
+    """So many TCP ports of `host` that are free now, and that the kernel gives to nobody who asks for any:
+    seconds pass until an engine binds them. Raises EnvironmentProblem where there are none."""
+    first = _FIRST_PORT
+    end = max(_first_ephemeral_port(), first + 1)
+    ports: list[int] = []
+    for port in random.sample(range(first, end), end - first):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            ports.append(port)
+            if len(ports) == count:
+                return ports
+    raise EnvironmentProblem(
+        problem=f"no {count} free TCP ports from {first} to {end - 1} at {host}",
+        remedy="check that it is an address of this machine, and what listens there",
+    )
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 32768  # Linux' own default

@@ -9,9 +9,9 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from cluster.errors import EngineFailure, ReplayDiverged, ServingError
-from cluster.handle import KvHandle, handle_of
+from cluster.handle import Follower, KvHandle, follow, handle_of, keep_for_reader
 from cluster.request import ServeRequest
-from cluster.wire import FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, Offer
+from cluster.wire import FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, GoOn, Offer
 
 
 class HopKind(StrEnum):
@@ -48,6 +48,9 @@ class Hop:
         swallow: output tokens that the client has already, generated again here (replay).
         deliver: whether its tokens go to the client.
         source: the prefill hop whose blocks it reads.
+        follows: tokens that a decode sent while its prompt is computed will read; 0 once it has its prompt.
+        awaits: whether the source's token will belong to its prompt.
+        follower: of a prefill, where its engine tells how far it is.
         hands_over: whether its engine was told to keep its blocks for another: always of a prefill.
         handle: the blocks it kept, when it has ended and its engine did.
         is_first: whether the client had nothing of this request when the hop began.
@@ -63,10 +66,13 @@ class Hop:
         "_overdue_after_s",
         "_timer",
         "_waiter",
+        "awaits",
         "cached_tokens",
         "deadline_s",
         "deliver",
         "engine_ended",
+        "follower",
+        "follows",
         "generated",
         "handle",
         "hands_over",
@@ -117,6 +123,9 @@ class Hop:
         self.cached_tokens = cached_tokens
         self.deadline_s = deadline_s
         self.keep_s = keep_s
+        self.follows = 0
+        self.awaits = False
+        self.follower: Follower | None = None
         self.hands_over = kind is HopKind.PREFILL
         self.handle: KvHandle | None = None
         self.is_first = not generated
@@ -133,10 +142,31 @@ class Hop:
 
     @property
     def kv_params(self) -> Mapping[str, Any] | None:
-        """`kv_transfer_params` of the blocks it shall read."""
+        """What its engine shall do with KV, as `kv_transfer_params`."""
+        if self.kind is HopKind.PREFILL:
+            return keep_for_reader(self.follower)
+        if self.follows:
+            return follow(self.follows)
         return (
             self.source.handle.params if self.source is not None and self.source.handle is not None else None
         )
+
+    def follow(self, prompt: Hop, news_address: str) -> None:
+        """Before either is sent: let its engine read the prompt while it is computed, until `go_on`."""
+        self.follows = len(prompt.prompt_token_ids)
+        self.awaits = prompt.deliver
+        if self.awaits:
+            self.max_tokens -= 1
+            self.is_first = False
+        prompt.follower = Follower(news_address, self.hop_id)
+
+    def go_on(self, handle: KvHandle, now_s: float) -> GoOn:
+        """Its prompt is computed: what to tell its engine."""
+        token_ids = self.generated[-1:] if self.awaits else []
+        self.prompt_token_ids = self.prompt_token_ids + token_ids
+        self.follows, self.awaits = 0, False
+        self.progress_s = now_s
+        return GoOn(self.hop_id, token_ids, dict(handle.params))
 
     def offer(self, now_s: float) -> Offer:
         """How the instance is asked to take it."""

@@ -121,6 +121,10 @@ class ZmqLink:
         if not self._socket.closed:
             self._post([wire.HAND_OVER, wire.pack(request_ids)])
 
+    def go_on(self, message: wire.GoOn) -> None:
+        if not self._socket.closed:
+            self._post([wire.GO_ON, wire.pack(message)])
+
     async def call(self, method: str, args: list[Any], deadline_s: float) -> Any:
         """Call an engine method that is no request. Raises InstanceLost, TimeoutError, RuntimeError."""
         self._last_call += 1
@@ -187,13 +191,25 @@ class LinkKeeper:
     """Holds a link to every READY instance of the membership, and tells the router who is reachable."""
 
     def __init__(
-        self, router: Router, *, ingress: str, engine: str, encode: Encode, on_outputs: OnOutputs
+        self,
+        router: Router,
+        *,
+        ingress: str,
+        engine: str,
+        encode: Encode,
+        on_outputs: OnOutputs,
+        on_left: Callable[[InstanceInfo], None],
     ) -> None:
+        """
+        Args:
+            on_left: told of an instance that was reached and is no more.
+        """
         self._router = router
         self._ingress = ingress
         self._engine = engine
         self._encode = encode
         self._on_outputs = on_outputs
+        self._on_left = on_left
         self._context = zmq.asyncio.Context()
         self._keeping: dict[str, tuple[InstanceInfo, asyncio.Task[None]]] = {}
         self.links: dict[str, ZmqLink] = {}
@@ -261,7 +277,8 @@ class LinkKeeper:
                 logger.exception("the link to %s broke", info.instance_id)
                 why = repr(error)
             finally:
-                self.links.pop(info.instance_id, None)
+                if self.links.pop(info.instance_id, None) is not None:
+                    self._on_left(info)
                 link.close()
                 self._router.leave(info.instance_id, why=why)
             await asyncio.sleep(RECONNECT_S[min(failures, len(RECONNECT_S) - 1)])

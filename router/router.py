@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from cluster.errors import Draining, EngineFailure, InstanceBusy, InstanceLost, ServingError
+from cluster.handle import KvHandle
 from cluster.instance import InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import ServeRequest, Stage
 from cluster.spec import DeadlineSpec
+from cluster.wire import GoOn
 from router.admission import Admission, retry_s
 from router.decisions import Decisions
 from router.fleet import Fleet
@@ -55,6 +57,10 @@ class Link(Protocol):
 
     def hand_over(self, request_ids: list[str]) -> None:
         """End running requests at their next token, and keep their blocks for a reader. Never raises."""
+        ...
+
+    def go_on(self, message: GoOn) -> None:
+        """A request there has the prompt that it follows. Never raises."""
         ...
 
 
@@ -319,6 +325,23 @@ class Router:
         """Let the engine of a hop end it at its next token, its blocks kept."""
         if (member := self.fleet.get(hop.instance_id)) is not None:
             member.link.hand_over([hop.hop_id])
+
+    def news_address(self, prompt: Hop, instance_id: str) -> str:
+        """Where an instance hears how far a prompt is; empty where it shall be told only of its end: of one
+        that is computed at once there is no news before."""
+        source, reader = self.fleet.get(prompt.instance_id), self.fleet.get(instance_id)
+        if source is None or reader is None or source.info.facts is None or reader.info.facts is None:
+            return ""
+        chunk = source.info.facts.chunk_tokens
+        if not chunk or len(prompt.prompt_token_ids) - prompt.cached_tokens <= chunk:
+            return ""
+        return reader.info.facts.news_address
+
+    def go_on(self, hop: Hop, handle: KvHandle) -> None:
+        """Tell the instance of a hop that its prompt is computed."""
+        message = hop.go_on(handle, asyncio.get_running_loop().time())
+        if (member := self.fleet.get(hop.instance_id)) is not None:
+            member.link.go_on(message)
 
     def decide(
         self, request: ServeRequest, avoid: frozenset[str], refused: frozenset[str] = frozenset()

@@ -237,21 +237,24 @@ class Run:
         await self._elsewhere(hop)
 
     async def _split(self, decision: Decision) -> None:
-        """Prefill on one instance, decode on another."""
+        """Prefill on one instance, decode on another, which is sent a long prompt before it is computed."""
         prefill = self._hop(decision.prefill, HopKind.PREFILL)
         decode: Hop | None = None
         try:
-            await self._prefill(prefill)
-            # When its token is the client's, a stop token ends the request here. Otherwise it was sampled for
-            # nobody, and the decode instance will say what comes first.
-            if prefill.deliver and prefill.is_last:
-                return
-            if prefill.handle is None:
-                raise EngineFailure(
-                    instance=decision.prefill, stage=self.stage.value, detail="it kept no blocks to be read"
-                )
-            decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
-            await self._decode(decode, prefill.handle)
+            if news_address := self._router.news_address(prefill, decision.decode):
+                decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
+                decode.follow(prefill, news_address)
+                with self._router.open(decode):
+                    if (handle := await self._prefill(prefill)) is None:
+                        return
+                    self._router.go_on(decode, handle)
+                    await self._decode(decode, handle)
+            else:
+                if (handle := await self._prefill(prefill)) is None:
+                    return
+                decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
+                with self._router.open(decode):
+                    await self._decode(decode, handle)
         finally:
             self._let_go(prefill, decode)
         await self._elsewhere(decode)
@@ -266,7 +269,8 @@ class Run:
                 tokens = len(self.request.prompt_token_ids) + len(self.generated)
                 self._claim.moved(self._next, tokens, len(self.generated))
                 decode = self._hop(self._next, HopKind.DECODE, source=source)
-                await self._decode(decode, source.handle)
+                with self._router.open(decode):
+                    await self._decode(decode, source.handle)
             finally:
                 self._let_go(source, decode)
             source = decode
@@ -278,8 +282,8 @@ class Run:
         if source.handle is not None and not read:
             self._router.release(source.instance_id, [source.handle.request_id])
 
-    async def _prefill(self, hop: Hop) -> None:
-        """One token, and the prompt's blocks kept for a reader."""
+    async def _prefill(self, hop: Hop) -> KvHandle | None:
+        """One token, and the prompt's blocks kept for a reader; None when the request ends with it."""
         self.stage = Stage.PREFILL
         self.timeline.prefill_sent_s = self._now()
         with self._router.open(hop):
@@ -288,27 +292,35 @@ class Run:
         self._prompt_done()
         self._router.computed(hop)
         self._observe(Stage.PREFILL, self.timeline.prefill_sent_s)
+        # When its token is the client's, a stop token ends the request here. Otherwise it was sampled for
+        # nobody, and the decode instance will say what comes first.
+        if hop.deliver and hop.is_last:
+            return None
+        if hop.handle is None:
+            raise EngineFailure(
+                instance=hop.instance_id, stage=self.stage.value, detail="it kept no blocks to be read"
+            )
+        return hop.handle
 
     def _prompt_done(self) -> None:
         self._claim.prefilled(self._now())
         self._router.line.news()
 
     async def _decode(self, hop: Hop, handle: KvHandle) -> None:
-        """Decode on an instance that reads the blocks first."""
+        """Decode on an instance that reads the blocks first, and that the hop is open at."""
         self.stage = Stage.TRANSFER
         self.timeline.decode_sent_s = self._now()
-        with self._router.open(hop):
-            await self._started(hop, self._router.deadlines.transfer_s)
-            if not self.timeline.decode_first_s:
-                self.timeline.decode_first_s = self._now()
-            self._observe(Stage.TRANSFER, self.timeline.decode_sent_s)
-            if hop.source is not None and hop.source.kind is not HopKind.PREFILL:
-                self._router.metrics.migration_stall_seconds.observe(self._now() - hop.source.progress_s)
-            self.stage = Stage.DECODE
-            self._next = ""
-            self._account(hop, handle)
-            before, since_s = len(self.generated), self._now()
-            await self._decoded(hop)
+        await self._started(hop, self._router.deadlines.transfer_s)
+        if not self.timeline.decode_first_s:
+            self.timeline.decode_first_s = self._now()
+        self._observe(Stage.TRANSFER, self.timeline.decode_sent_s)
+        if hop.source is not None and hop.source.kind is not HopKind.PREFILL:
+            self._router.metrics.migration_stall_seconds.observe(self._now() - hop.source.progress_s)
+        self.stage = Stage.DECODE
+        self._next = ""
+        self._account(hop, handle)
+        before, since_s = len(self.generated), self._now()
+        await self._decoded(hop)
         self._claim.decoded(len(self.generated) - before, self._now() - since_s)
 
     def _account(self, hop: Hop, handle: KvHandle) -> None:

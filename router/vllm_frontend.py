@@ -22,7 +22,6 @@ from typing import Any
 
 from cluster import vllm_api
 from cluster.errors import NoSlack, ServingError
-from cluster.handle import keep_for_reader
 from cluster.instance import InstanceInfo, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import Handoff, ServeRequest
@@ -72,7 +71,7 @@ def hop_request(original: Any, hop: Hop) -> Any:
     request.priority = (
         hop.request.priority
     )  # with that of its class; it counts where vLLM's policy is priority
-    sent = len(hop.prompt_token_ids) - len(hop.request.prompt_token_ids)
+    sent = len(hop.prompt_token_ids) + hop.awaits - len(hop.request.prompt_token_ids)
     if hop.kind is HopKind.PREFILL and not hop.deliver:
         # Its token is for nobody: sample it the cheapest way, whatever the client asked.
         params = vllm_api.SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
@@ -87,9 +86,7 @@ def hop_request(original: Any, hop: Hop) -> Any:
             params.prompt_logprob_start = None
             params.skip_reading_prefix_cache = False
     extra = dict(params.extra_args or {})
-    if hop.kind is HopKind.PREFILL:
-        extra["kv_transfer_params"] = keep_for_reader()
-    elif hop.kv_params is not None:
+    if hop.kv_params is not None:
         extra["kv_transfer_params"] = dict(hop.kv_params)
     if hop.deadline_s < math.inf:
         extra[DUE_PARAM] = hop.deadline_s - asyncio.get_running_loop().time()
@@ -133,7 +130,12 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             rebalance=spec.rebalance,
         )
         self.links = LinkKeeper(
-            self.router, ingress=ingress, engine=engine, encode=self._encode, on_outputs=self._on_outputs
+            self.router,
+            ingress=ingress,
+            engine=engine,
+            encode=self._encode,
+            on_outputs=self._on_outputs,
+            on_left=self._on_left,
         )
         self.adapters = ClusterAdapters(self.router.fleet, self.links.links)
         self.output_processor: Any = None
@@ -240,6 +242,16 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         step.timestamp = now
         step.engine_index = info.engine_index
         self._outputs.put_nowait(step)
+
+    def _on_left(self, info: InstanceInfo) -> None:
+        # What it had last would stay in vLLM's gauges until its place is taken and has something to say.
+        nothing = vllm_api.EngineCoreOutputs(
+            engine_index=info.engine_index,
+            outputs=[],
+            scheduler_stats=vllm_api.SchedulerStats(),
+            timestamp=time.monotonic(),
+        )
+        self._outputs.put_nowait(nothing)
 
     # --- the rest of EngineCoreClient: calls of every engine
 

@@ -37,6 +37,8 @@ def cluster_spec(model: Path, decode: int) -> ClusterSpec:
     return spec.model_copy(
         update={
             "engine_options": {**spec.engine_options, "dtype": "float32"},
+            # Longer prompts are read while they are computed.
+            "prefill": spec.prefill.model_copy(update={"engine_options": {"max_num_batched_tokens": 512}}),
             "decode": spec.decode.model_copy(update={"count": decode, "cpus": 0.5}),
             "ingress": spec.ingress.model_copy(update={"port": PORT}),
             "batch": BatchSpec(directory=str(model.parent / "batches")),
@@ -147,6 +149,7 @@ async def test_the_split_changes_no_token(
     moved = metric(url, "pdserve_kv_tokens_moved_total") - moved_before
     assert moved >= 0.95 * full_blocks
     assert metric(url, "pdserve_kv_tokens_recomputed_total") == 0
+    assert metric(url, "pdserve_kv_bytes_moved_early_total") > 0
     await kv_empty(url, 5.0)
 
 
@@ -494,6 +497,7 @@ async def test_a_killed_decode_instance_is_not_noticed_by_its_clients(url: str, 
     assert await asyncio.gather(*streams) == right
     await wait_ready(url, 60)
     assert metric(url, "pdserve_request_moves_total") >= 1
+    await kv_empty(url, 10.0)  # what the dead one had is not in the metrics any more
 
 
 async def test_with_no_decode_instance_left_the_error_is_typed_and_quick(url: str, client: Any) -> None:

@@ -19,7 +19,12 @@ def environment(monkeypatch: pytest.MonkeyPatch, **spec: object) -> dict[str, st
         found: dict[str, str] = {}
         patched.setattr(os, "environ", found)
         set_engine_environment(
-            parse_spec({"model": "m", **spec}), Role.DECODE, host="10.0.0.1", side_port=5600, cores="0"
+            parse_spec({"model": "m", **spec}),
+            Role.DECODE,
+            host="10.0.0.1",
+            side_port=5600,
+            news_port=5700,
+            cores="0",
         )
     return found
 
@@ -38,3 +43,8 @@ def test_engines_on_cpus_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment(monkeypatch, device="cpu", transfer={"ucx_tls": "tcp"})
     assert (found["VLLM_CPU_OMP_THREADS_BIND"], found["UCX_TLS"]) == ("0", "tcp")
     assert environment(monkeypatch, device="cpu")["UCX_TLS"] == "tcp,shm,self,cma"
+
+
+def test_an_engine_hears_news_unless_it_shall_not_read_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment(monkeypatch)["PDSERVE_NEWS_ADDRESS"] == "tcp://10.0.0.1:5700"
+    assert "PDSERVE_NEWS_ADDRESS" not in environment(monkeypatch, transfer={"overlap": False})

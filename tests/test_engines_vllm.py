@@ -52,6 +52,7 @@ class Process:
     loads: list[wire.Load] = field(default_factory=list)
     cached: set[int] = field(default_factory=set)
     results: dict[int, Any] = field(default_factory=dict)
+    transfers: dict[str, list[float]] = field(default_factory=dict)
 
     async def post(self, *frames: Any) -> None:
         await self.socket.send_multipart(list(frames))
@@ -81,7 +82,11 @@ class Process:
         kind, *frames = await asyncio.wait_for(self.socket.recv_multipart(), 30)
         if kind == wire.OUTPUTS:
             self.loads.append(msgspec.msgpack.decode(frames[0], type=wire.Load))
-            return list(vllm_api.MsgpackDecoder(vllm_api.EngineCoreOutputs).decode(frames[1:]).outputs)
+            step = vllm_api.MsgpackDecoder(vllm_api.EngineCoreOutputs).decode(frames[1:])
+            if step.scheduler_stats is not None:
+                for name, values in (step.scheduler_stats.kv_connector_stats or {}).items():
+                    self.transfers.setdefault(name, []).extend(values)
+            return list(step.outputs)
         if kind == wire.BLOCKS:
             changes = msgspec.msgpack.decode(frames[0], type=wire.Blocks)
             kept = set() if changes.cleared else self.cached.difference(changes.removed)

@@ -100,7 +100,9 @@ class Ingress:
             engine=SIM_ENGINE_NAME,
             encode=self._encode,
             on_outputs=self._on_outputs,
+            on_left=lambda info: self.left.append(info.instance_id),
         )
+        self.left: list[str] = []
         self.tokens: dict[str, list[int]] = {}
         self.errors: dict[str, ServingError] = {}
         self.messages = 0

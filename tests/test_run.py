@@ -441,7 +441,7 @@ def test_whatever_happens_nothing_is_held_and_no_token_is_wrong(data: st.DataObj
     ended well has all of them; 4 nothing is held at the end."""
 
     async def scenario() -> None:
-        cluster = TwinCluster("prefill-0", "prefill-1", "decode-0", "decode-1", deadlines=QUICK)
+        cluster = TwinCluster("prefill-0", "prefill-1", "decode-0", "decode-1", deadlines=QUICK, chunk=20)
         wanted: dict[str, tuple[list[int], int]] = {}
         for number in range(data.draw(st.integers(1, 8), label="requests")):
             length = data.draw(st.integers(1, 60), label="prompt")

@@ -24,13 +24,14 @@ TOKENS = 100
 BYTES_PER_TOKEN = int(RATE / TOKENS)
 
 
-def spec_of(**network: Any) -> ClusterSpec:
+def spec_of(*, overlap: bool = False, **network: Any) -> ClusterSpec:
     return parse_spec(
         {
             "model": "m",
             "engine": "sim",
             "prefill": {"count": 2},
             "decode": {"count": 2},
+            "transfer": {"overlap": overlap},
             "sim": {
                 # Its NIC is not used: the spec names another.
                 "hardware": "h100",
@@ -44,7 +45,7 @@ def spec_of(**network: Any) -> ClusterSpec:
 class World:
     """A network with a prefill twin in every place, and reads that are timed."""
 
-    def __init__(self, **network: Any) -> None:
+    def __init__(self, **network: Any) -> None:  # as of spec_of
         self.network = SimNetwork(spec_of(**network))
         self.engines: dict[str, SimEngine] = {}
         self.serving: list[asyncio.Task[None]] = []

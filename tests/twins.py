@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -17,7 +18,7 @@ from cluster.metrics import IngressMetrics
 from cluster.request import NO_SLO, Handoff, ServeRequest, Slo
 from cluster.sim_engine import tokens_after
 from cluster.spec import DeadlineSpec
-from cluster.wire import FINISH_LENGTH, PrefillCounts, TokenOutput
+from cluster.wire import FINISH_LENGTH, GoOn, PrefillCounts, TokenOutput
 from router.hop import Hop, HopKind
 from router.policy import LeastTokens
 from router.router import Router
@@ -64,6 +65,7 @@ class TwinInstance:
         recomputes: whether a decode ignores the blocks it was given.
         waits_s: what it says to the next prompts that it refuses, one each, while there is anything.
         handing_over: hops that were told to end at their next token.
+        following: hops that wait for their prompts, and what those were told that went on.
         deaf: whether it does not hear that, as an engine where the request waits.
         has_them: whether a decode finds the prompt in its own cache, and so reads nothing and tells nobody.
     """
@@ -78,6 +80,8 @@ class TwinInstance:
         self.waits_s: list[float] = []
         self.recomputes = False
         self.handing_over: set[str] = set()
+        self.following: dict[str, Hop] = {}
+        self.gone_on: list[GoOn] = []
         self.deaf = False
         self.has_them = False
         self.wrong_from = 1 << 30
@@ -91,10 +95,14 @@ class TwinInstance:
                 refused, hop.hop_id, self.info.instance_id, self.waits_s.pop(0)
             )
             return
+        if hop.follows:
+            self.following[hop.hop_id] = hop
+            return
         self.tasks[hop.hop_id] = asyncio.create_task(self._run(hop), name=f"twin-{hop.hop_id}")
 
     def abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
+            self.following.pop(request_id, None)
             if (task := self.tasks.pop(request_id, None)) is not None:
                 task.cancel()
 
@@ -104,6 +112,11 @@ class TwinInstance:
     def hand_over(self, request_ids: list[str]) -> None:
         if not self.deaf:
             self.handing_over.update(request_ids)
+
+    def go_on(self, message: GoOn) -> None:
+        hop = self.following.pop(message.request_id)
+        self.gone_on.append(message)
+        self.tasks[hop.hop_id] = asyncio.create_task(self._run(hop), name=f"twin-{hop.hop_id}")
 
     def kill(self) -> None:
         """The process is gone, and with it what it kept."""
@@ -156,12 +169,21 @@ class TwinCluster:
     """A router on twin instances; what its clients got is in `tokens`, `finished` and `errors`."""
 
     def __init__(
-        self, *instance_ids: str, deadlines: DeadlineSpec | None = None, keeps_sessions: bool = False
+        self,
+        *instance_ids: str,
+        deadlines: DeadlineSpec | None = None,
+        keeps_sessions: bool = False,
+        chunk: int = 0,
     ) -> None:
+        """
+        Args:
+            chunk: tokens of a prompt that are computed at once; longer ones are followed.
+        """
         self.metrics = IngressMetrics(CollectorRegistry())
         self.router = Router(
             LeastTokens(), deadlines or DeadlineSpec(), self, self.metrics, keeps_sessions=keeps_sessions
         )
+        self._facts = replace(FACTS, chunk_tokens=chunk, news_address="twin" if chunk else "")
         self.instances: dict[str, TwinInstance] = {}
         self.tokens: dict[str, list[int]] = {}
         self.finished: set[str] = set()
@@ -172,7 +194,7 @@ class TwinCluster:
             self.add(instance_id, index)
 
     def add(self, instance_id: str, index: int = 9) -> TwinInstance:
-        instance = TwinInstance(self, info_of(instance_id, index))
+        instance = TwinInstance(self, replace(info_of(instance_id, index), facts=self._facts))
         self.instances[instance_id] = instance
         self.router.join(instance.info, instance)
         return instance
@@ -213,6 +235,7 @@ class TwinCluster:
     def assert_nothing_held(self) -> None:
         """No block, hop, reservation or run is left."""
         assert {i: twin.kept for i, twin in self.instances.items() if twin.kept} == {}
+        assert {i: twin.following for i, twin in self.instances.items() if twin.following} == {}
         assert {i: twin.tasks for i, twin in self.instances.items() if twin.tasks} == {}
         assert self.router.open_hops == 0
         assert self.router.pending == 0

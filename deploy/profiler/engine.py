@@ -49,13 +49,14 @@ def make_engine(spec: ClusterSpec, role: Role) -> Engine:
 
         return SimEngine.of(spec, role, _phase_options(spec, role))
     from cluster.vllm_options import engine_options, require_device, set_engine_environment
-    from cluster.worker import free_port
+    from cluster.worker import free_ports
 
     instance_id = f"{role}-0"
     require_device(spec, instance_id)
     host = "127.0.0.1"
     cores = "|".join(str(rank) for rank in range(spec.pool(role).ranks))
-    set_engine_environment(spec, role, host=host, side_port=free_port(host), cores=cores)
+    side_port, news_port = free_ports(host, 2)
+    set_engine_environment(spec, role, host=host, side_port=side_port, news_port=news_port, cores=cores)
     from cluster import vllm_engine
 
     options = engine_options(spec, role, _phase_options(spec, role))

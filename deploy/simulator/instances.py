@@ -15,7 +15,7 @@ from cluster.latency import Batch, LatencyProfile, Levels, ProfiledLatency
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
-from cluster.wire import DUE_PARAM, KEEP_PARAM, Blocks, Offer, TokenOutput, TokenRequest
+from cluster.wire import DUE_PARAM, KEEP_PARAM, Blocks, GoOn, Offer, TokenOutput, TokenRequest
 from cluster.worker import Ready
 from decode_worker.phase import phase_options as decode_options
 from decode_worker.phase import twin_parts as decode_parts
@@ -114,6 +114,7 @@ class SimLife:
         is_known = network.nic_gbps or network.nvlink_gbps or cluster.spec.sim.hardware
         self._token_delay_s = profile.handoff_token_s if profile and not is_known else 0.0
         self._on_the_way: dict[str, asyncio.TimerHandle] = {}
+        self._following: dict[str, Hop] = {}
         self._ready_s = 0.0
         self._serving: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
@@ -171,6 +172,10 @@ class SimLife:
     # A dead process hears nothing; whoever speaks to it learns that later.
 
     def send(self, hop: Hop) -> None:
+        if hop.follows:
+            # What moves before its prompt is computed is in the model of the links: it comes when it goes on.
+            self._following[hop.hop_id] = hop
+            return
         now_s = asyncio.get_running_loop().time()
         self._cluster.watcher.sent(hop, now_s)
         delay_s = self._delay_s[hop.kind]
@@ -192,6 +197,7 @@ class SimLife:
         for request_id in request_ids:
             if (timer := self._on_the_way.pop(request_id, None)) is not None:
                 timer.cancel()
+            self._following.pop(request_id, None)
         if not self._dead:
             self.engine.abort(request_ids)
             self._forget(request_ids)
@@ -203,6 +209,10 @@ class SimLife:
     def hand_over(self, request_ids: list[str]) -> None:
         if not self._dead:
             self.engine.hand_over(request_ids)
+
+    def go_on(self, message: GoOn) -> None:
+        if (hop := self._following.pop(message.request_id, None)) is not None:
+            self.send(hop)
 
     def _receive(self, offer: Offer, request: TokenRequest) -> None:
         hop_id = offer.request_id

@@ -36,7 +36,7 @@ class SimNetwork:
         )
         self._topology = topology
         self._links = LinkModel(topology, latency_s=network.latency_s if hardware else 0.0)
-        self._overlap = network.overlap
+        self._overlap = spec.transfer.overlap
         self._sources: dict[str, tuple[str, SimEngine]] = {}
         self._moving: dict[str, asyncio.Future[None]] = {}
         self._flows: dict[str, tuple[str, str]] = {}

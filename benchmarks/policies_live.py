@@ -5,8 +5,8 @@ python -m benchmarks.policies_live --policies goodput mooncake least_tokens --ro
 python -m benchmarks.policies_live --engine vllm --rate 20
 
 Two prefill and two decode instances, conversations of three SLO classes whose bounds go along in headers, at
-a load that the policies differ at; every policy has a cluster of its own, one after the other. Twins are of
-Llama-3-70B on H100s, and the last column is the simulator's answer for the same requests. vLLM's engines
+a load that the policies differ at; every policy has a cluster of its own, by turns in each round. Twins are
+of Llama-3-70B on H100s, and the last column is the simulator's answer for the same requests. vLLM's engines
 compute the tiny model on this machine's CPUs, with nothing to predict from but what the router learns, and
 bounds that are multiples of what it takes alone.
 """
@@ -17,7 +17,8 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from dataclasses import replace
+import urllib.request
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -82,6 +83,51 @@ def bounds_of(alone: ReplayReport) -> tuple[SloClass, ...]:
     )
 
 
+def predictions() -> dict[str, float]:
+    """Sums and counts of what was predicted and of what came, by their label sets."""
+    with urllib.request.urlopen(f"{URL}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    prefixes = ("pdserve_prediction_seconds_sum", "pdserve_prediction_seconds_count")
+    return {
+        name.removeprefix("pdserve_prediction_seconds_"): float(value)
+        for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith(prefixes))
+    }
+
+
+@dataclass(slots=True)
+class Found:
+    """Of one policy, by round: shares kept and rejected, mean times predicted and come, and the simulator's
+    share."""
+
+    kept: list[float] = field(default_factory=list)
+    rejected: list[float] = field(default_factory=list)
+    times_ms: list[tuple[float, ...]] = field(default_factory=list)
+    twins: list[float] = field(default_factory=list)
+
+    def add(self, report: ReplayReport, before: dict[str, float], after: dict[str, float]) -> None:
+        requests = sum(report.counts.values())
+        self.kept.append(report.met / requests)
+        self.rejected.append(report.counts["rejected"] / requests)
+
+        def mean_ms(what: str, kind: str) -> float:
+            labels = f'{{kind="{kind}",what="{what}"}}'
+            total, count = (
+                after.get(name + labels, 0.0) - before.get(name + labels, 0.0) for name in ("sum", "count")
+            )
+            return 1e3 * total / count if count else 0.0
+
+        self.times_ms.append(
+            tuple(mean_ms(what, kind) for what in ("ttft", "tpot") for kind in ("predicted", "actual"))
+        )
+
+    def __str__(self) -> str:
+        ttft, ttft_came, tpot, tpot_came = (fmean(column) for column in zip(*self.times_ms, strict=True))
+        times = f"{ttft:.0f}, {ttft_came:.0f}; {tpot:.1f}, {tpot_came:.1f}" if ttft else "-"
+        cells = [", ".join(f"{share:.1%}" for share in self.kept), f"{fmean(self.kept):.1%}"]
+        cells += [f"{fmean(self.rejected):.1%}", times, f"{fmean(self.twins):.1%}" if self.twins else "-"]
+        return " | ".join(cells)
+
+
 def simulated(spec: ClusterSpec, requests: list[WorkloadRequest], classes: tuple[SloClass, ...]) -> float:
     found = Simulation(spec, requests, classes).run().requests
     return sum(request.met for request in found) / len(found)
@@ -103,30 +149,30 @@ def main() -> None:
     made = spec_of if args.engine == "sim" else vllm_spec
     load = workload if args.engine == "sim" else conversations
     mixed = MIXED
-    print("| policy | within SLO live, by round | mean | rejected | simulated |\n|---|---|---|---|---|")
-    for policy in args.policies:
-        spec = made(args.model, policy, args.order)
-        rounds, rejected, twins = [], [], []
-        with serving(spec, say=lambda line: print(line, file=sys.stderr)):
-            asyncio.run(send(load(WARM_UP_RPS, WARM_UP_COUNT, 999), None, 999))
-            if args.engine == "vllm" and mixed is MIXED:  # the same bounds for all policies
-                mixed = bounds_of(asyncio.run(send(load(ALONE_RPS, ALONE_COUNT, 998), None, 998)))
-                told = ", ".join(f"{1e3 * c.slo.ttft_s:.0f} and {1e3 * c.slo.tpot_s:.0f} ms" for c in mixed)
-                print(f"bounds: {told}", file=sys.stderr)
-            for seed in range(args.rounds):
+    found = {policy: Found() for policy in args.policies}
+    for seed in range(args.rounds):
+        for policy in args.policies:
+            spec = made(args.model, policy, args.order)
+            with serving(spec, say=lambda line: print(line, file=sys.stderr)):
+                asyncio.run(send(load(WARM_UP_RPS, WARM_UP_COUNT, 999), None, 999))
+                if args.engine == "vllm" and mixed is MIXED:  # the same bounds for all policies
+                    mixed = bounds_of(asyncio.run(send(load(ALONE_RPS, ALONE_COUNT, 998), None, 998)))
+                    told = ", ".join(
+                        f"{1e3 * c.slo.ttft_s:.0f} and {1e3 * c.slo.tpot_s:.0f} ms" for c in mixed
+                    )
+                    print(f"bounds: {told}", file=sys.stderr)
                 requests = load(args.rate, args.count, seed)
                 classes = assign_slo_classes(requests, mixed, Random(seed))
+                before = predictions()
                 report = asyncio.run(send(requests, classes, seed))
-                rounds.append(report.met / len(requests))
-                rejected.append(report.counts["rejected"] / len(requests))
+                found[policy].add(report, before, predictions())
                 if args.engine == "sim":
-                    twins.append(simulated(spec, requests, classes))
-        by_round = ", ".join(f"{share:.1%}" for share in rounds)
-        print(
-            f"| {policy} | {by_round} | {fmean(rounds):.1%} | {fmean(rejected):.1%} "
-            f"| {f'{fmean(twins):.1%}' if twins else '-'} |",
-            flush=True,
-        )
+                    found[policy].twins.append(simulated(spec, requests, classes))
+            print(f"round {seed + 1}, {policy}: {found[policy].kept[-1]:.1%}", file=sys.stderr)
+    print("| policy | within SLO live, by round | mean | rejected "
+          "| TTFT as predicted, as it came; TPOT (ms) | simulated |\n|---|---|---|---|---|---|")  # fmt: skip
+    for policy, one in found.items():
+        print(f"| {policy} | {one} |")
 
 
 if __name__ == "__main__":

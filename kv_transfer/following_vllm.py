@@ -195,6 +195,14 @@ class EarlyReads:
                 to_receive[request_id] = meta
                 del self._readings[request_id]
 
+    def engines(self) -> set[str]:
+        """Engines that are being read from."""
+        return {
+            reading.source.engine_id
+            for reading in self._readings.values()
+            if reading.read.is_reading and reading.source is not None
+        }
+
     def begin(self) -> None:
         """Begin what can be read now."""
         for request_id, reading in self._readings.items():

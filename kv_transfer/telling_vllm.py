@@ -56,13 +56,20 @@ class Telling:
         self._under_way: deque[tuple[int, list[_Chunk]]] = deque()
         self._sender: NewsSender | None = None
         self.block_ids: Callable[[str], tuple[list[int], ...]] = lambda request_id: ()
+        parallel = scheduler.vllm_config.parallel_config
+        # KV that goes by way of a host buffer is not where a reader would look before the end; and of what
+        # context or pipeline parallelism spreads it would not know which rank has it.
+        self._is_plain = not (
+            scheduler.use_host_buffer
+            or parallel.decode_context_parallel_size > 1
+            or parallel.pipeline_parallel_size > 1
+        )
         groups = scheduler.kv_cache_config.transfer_groups
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
 
     def came(self, request: Any) -> None:
         follower = (request.kv_transfer_params or {}).get(FOLLOWER_PARAM)
-        # KV that goes by way of a host buffer is not where a reader would look before the end.
-        if follower is not None and not self._scheduler.use_host_buffer:
+        if follower is not None and self._is_plain:
             self._told[request.request_id] = _Told(request, Follower(*follower))
 
     def left(self, request_id: str) -> None:

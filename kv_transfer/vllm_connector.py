@@ -223,6 +223,16 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
                 self.xfer_stats.took("release", time.perf_counter() - since_s)
         return results
 
+    def _engines_with_inflight_transfers(self) -> set[str]:
+        # vLLM releases what it knows of engines that it does not read from.
+        busy: set[str] = super()._engines_with_inflight_transfers()
+        return busy | self.early.engines()
+
+    def _cleanup_remote_engines(self) -> None:
+        replaced = self._remote_agents.keys() - set(self._engine_by_address.values())
+        if not self.early.engines() & replaced:
+            super()._cleanup_remote_engines()
+
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         with self._timed("bootstrap"):
             super().register_kv_caches(kv_caches)

@@ -16,6 +16,7 @@ from kv_transfer.following_vllm import LIFE_PARAM
 from kv_transfer.stats_vllm import EARLY_BYTES, STAGES, seconds_key
 from tests.hybrid_model_torch import build_hybrid_model
 from tests.test_engines_vllm import BLOCK, Process, pair
+from tests.test_transports_vllm import MANY
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -190,9 +191,9 @@ async def test_a_source_that_begins_anew_is_read_anew(model: Path) -> None:
 async def test_sliding_windows(tmp_path: Path) -> None:
     async with pair(build_hybrid_model(tmp_path), "thread", {"engine_options": OPTIONS}) as (prefill, decode):
         await check_tokens(prefill, decode)
-        await check_aborts(prefill, decode)
 
 
+@pytest.mark.skipif(not MANY, reason="PDSERVE_HAND_OFFS is not set; test_parallel_vllm has one to two")
 @pytest.mark.parametrize(("prefill_ranks", "decode_ranks"), [(1, 2), (2, 1)])
 async def test_unequal_tensor_parallelism(model: Path, prefill_ranks: int, decode_ranks: int) -> None:
     overrides = {

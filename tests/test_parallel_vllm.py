@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -31,6 +32,8 @@ def parallel_spec(model: Path | str) -> ClusterSpec:
                 "max_num_seqs": 32,
                 "kv_cache_memory_bytes": 128 << 20,
             },
+            # The longest prompt is read while it is computed.
+            "prefill": {"engine_options": {"max_num_batched_tokens": 256}},
             "decode": {"tensor_parallel_size": 2},
             "ingress": {"cpus": 0, "port": PORT},
         }
@@ -61,3 +64,6 @@ def test_one_rank_prefills_and_two_decode(tmp_path: Path) -> None:
             prompt = [(length + i * 37) % 3000 + 100 for i in range(length)]
             whole = greedy(prompt, "whole", vllm_xargs={"pdserve_unsplit": 1})
             assert greedy(prompt, "split") == whole
+        lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
+        early = [line for line in lines if line.startswith("pdserve_kv_bytes_moved_early_total")]
+        assert sum(float(line.rsplit(" ", 1)[1]) for line in early) > 0

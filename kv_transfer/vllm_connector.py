@@ -204,8 +204,8 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         self.early.take_over(metadata.reqs_to_recv, metadata.lives)
         super().start_load_kv(metadata)
         self.early.begin()
-        now_s = time.perf_counter()
-        self._kept_since.update(dict.fromkeys(metadata.reqs_to_send, now_s))
+        kept = metadata.reqs_to_send.keys() & self._reqs_to_send.keys()
+        self._kept_since.update(dict.fromkeys(kept, time.perf_counter()))
         for request_id in metadata.reqs_to_release:
             # Unknown ids were read, released or expired before: nothing is kept for them.
             if self._reqs_to_send.pop(request_id, None) is not None:

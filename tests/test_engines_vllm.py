@@ -187,17 +187,19 @@ async def pair(
     cores: tuple[str, str] = ("0", "1"),
 ) -> AsyncIterator[tuple[Process, Process]]:
     context = zmq.asyncio.Context()
-    processes: list[Process] = []
+    roles = ("prefill", "decode")
+    processes: dict[str, Process] = {}
+
+    async def begin(role: str, of: str) -> None:
+        processes[role] = await start(model, role, engine_process, of, context, overrides or {})
+
     try:
         async with asyncio.TaskGroup() as starting:
-            started = [
-                starting.create_task(start(model, role, engine_process, of, context, overrides or {}))
-                for of, role in zip(cores, ("prefill", "decode"), strict=True)
-            ]
-        processes = [task.result() for task in started]
-        yield processes[0], processes[1]
+            for of, role in zip(cores, roles, strict=True):
+                starting.create_task(begin(role, of))
+        yield processes["prefill"], processes["decode"]
     finally:
-        for process in processes:
+        for process in processes.values():
             if process.process.returncode is None:
                 process.process.kill()
             await process.process.wait()

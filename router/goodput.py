@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from cluster.instance import Role
-from cluster.request import ServeRequest
+from cluster.request import Handoff, ServeRequest
 from router.pace import chance
 from router.policy import Decision, pool_of
 from router.predictor import Prediction, Predictor
@@ -100,11 +100,13 @@ class Goodput:
         cached = view.cached(request)
         output = self._predictor.output_tokens(request)
         usual = _usual(view, len(prefill_pool), decode_pool)
+        # Where the first token is prefill's, the second one waits for the hand-over.
+        handoff_s = self._predictor.handoff_s if request.handoff is Handoff.TOKENS else 0.0
         by_batch = sorted(decode_pool, key=self._by_batch)
         decode = _search_near(
             request.adapter,
             by_batch,
-            lambda instance: self._decode(request, instance, output, usual),
+            lambda instance: self._decode(request, instance, output, usual, handoff_s),
             1.0,
         )
         prefill = _search_near(
@@ -124,7 +126,7 @@ class Goodput:
             prefill = _best([prefill, among], decode.own)
             if prefill.instance.info.role is Role.DECODE:
                 # Then it stays there, unless that costs more than moving its KV.
-                here = self._decode(request, prefill.instance, output, usual)
+                here = self._decode(request, prefill.instance, output, usual, 0.0)
                 if here.fits and here.kept(prefill.own) >= decode.kept(prefill.own) - INDIFFERENT:
                     decode = here
         return self._decision(request, prefill, decode, output)
@@ -255,7 +257,9 @@ class Goodput:
         fits = instance.has_room(len(request.prompt_token_ids), KV_SHARE)
         return _Choice(instance, own, harm, seconds, 0.0, queue_s, work_s, found, fits, common, load_s)
 
-    def _decode(self, request: ServeRequest, instance: InstanceView, output: int, usual: _Usual) -> _Choice:
+    def _decode(
+        self, request: ServeRequest, instance: InstanceView, output: int, usual: _Usual, handoff_s: float
+    ) -> _Choice:
         # The inner loop of a decision: sixteen of them among 32 instances.
         pace, slo_s = instance.decode_pace, request.slo.tpot_s
         prompt = len(request.prompt_token_ids)
@@ -272,6 +276,8 @@ class Goodput:
             # It alone waits for a slot, and its answer is what both are spread over.
             wait_s = load_s + _slot_wait_s(request, instance, output, before_s)
             seconds = self._tpot_s(instance, output, raw_s) + wait_s / max(1, output - 1)
+        if handoff_s > raw_s * pace.factor:  # in place of an iteration
+            seconds += (handoff_s - raw_s * pace.factor) / max(1, output - 1)
         own = chance(slo_s, seconds, pace.spread)
         fits = instance.has_room(prompt + output, KV_SHARE)
         return _Choice(instance, own, harm, seconds, raw_s, 0.0, 0.0, 0, fits, common, load_s)

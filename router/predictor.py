@@ -25,6 +25,8 @@ FULL_BATCH_TOKENS = 2048
 LENGTH_SHARE = 0.5
 # What loading an adapter takes: each that was seen moves the estimate by this part, within this bound.
 LOAD_GAIN, MOST_LOAD_S = 0.2, 60.0
+# What a hand-over takes: the same, and none counts for more than so many times what is usual.
+HANDOFF_GAIN, MOST_HANDOFF = 0.02, 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,8 @@ class Predictor:
     Attributes:
         lengths: of the answers that ended.
         load_s: what loading a LoRA adapter takes.
+        handoff_s: from the token of a prefill instance to the first one of the decode instance; 0 until it
+            was seen, and with a model of the times.
     """
 
     def __init__(self, latency: Mapping[Role, LatencyModel] | None = None, *, load_s: float = 0.1) -> None:
@@ -88,6 +92,8 @@ class Predictor:
         self._prefill: dict[Role, tuple[int, dict[int, tuple[float, float]]]] = {}
         self.lengths = OutputLengths()
         self.load_s = load_s
+        self.handoff_s = 0.0
+        self._handoffs = 0
 
     @classmethod
     def learning(cls, *, load_s: float = 0.1) -> Predictor:
@@ -110,6 +116,15 @@ class Predictor:
     def loaded(self, seconds: float) -> None:
         """Loading an adapter took so long."""
         self.load_s += LOAD_GAIN * (min(MOST_LOAD_S, max(0.0, seconds)) - self.load_s)
+
+    def handed_over(self, seconds: float) -> None:
+        """A hand-over took so long. Only one that learns its times takes it in."""
+        if not isinstance(self._latency[Role.DECODE], LearnedLatency):
+            return
+        self._handoffs += 1
+        if self._handoffs > 1:
+            seconds = min(seconds, MOST_HANDOFF * self.handoff_s)
+        self.handoff_s += max(HANDOFF_GAIN, 1 / self._handoffs) * (seconds - self.handoff_s)
 
     def output_tokens(self, request: ServeRequest) -> int:
         """Expected length of its answer."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.errors import NoInstance
 from cluster.instance import Role
 from cluster.latency import DecodeCost, LatencyProfile, PrefillCost, ProfiledLatency
-from cluster.request import NO_SLO, ServeRequest, Slo
+from cluster.request import NO_SLO, Handoff, ServeRequest, Slo
 from router.goodput import KV_SHARE, Goodput
 from router.predictor import Predictor
 from router.view import ClusterView, InstanceView
@@ -139,6 +139,29 @@ def test_an_idle_instance_is_used_however_tight_the_bounds_of_the_others() -> No
     assert decision.decode == "decode-3"
     assert decision.predicted is not None
     assert decision.predicted.harm == 0
+
+
+def test_the_hand_over_belongs_to_the_answer_unless_its_first_token_comes_after_it() -> None:
+    predictor = Predictor.learning()
+    view = view_of(prefill(0), decode(0, 3))
+    asked = request()
+    output = predictor.output_tokens(asked)
+    before = Goodput(predictor).decide(asked, view, 0.0).predicted
+    for seconds in (0.2, 0.2, 90.0):  # one that stalled is no rule
+        predictor.handed_over(seconds)
+    assert before is not None
+    assert 0.2 < predictor.handoff_s < 0.6
+    extra_s = predictor.handoff_s - before.tpot_s
+    for handoff, more_s in ((Handoff.TOKENS, extra_s), (Handoff.KV_ONLY, 0.0)):
+        predicted = Goodput(predictor).decide(replace(asked, handoff=handoff), view, 0.0).predicted
+        assert predicted is not None
+        assert predicted.tpot_s == pytest.approx(before.tpot_s + more_s / (output - 1))
+
+
+def test_a_model_of_the_times_says_what_a_hand_over_takes() -> None:
+    predictor = Predictor(dict.fromkeys(Role, LATENCY))
+    predictor.handed_over(0.2)
+    assert predictor.handoff_s == 0.0
 
 
 def test_a_prompt_may_be_computed_on_an_idle_instance_of_the_other_pool() -> None:

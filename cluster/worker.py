@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 # Below are those of well-known services, Ray's and vLLM's defaults among them.
 _FIRST_PORT = 20_000
+# From where on Linux gives ports to clients, unless told otherwise; and how many are enough to draw from.
+_FIRST_EPHEMERAL_PORT = 32_768
+_ENOUGH_PORTS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,10 +189,12 @@ class Worker:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """So many TCP ports of `host` that are free now, and that the kernel gives to nobody who asks for any:
-    seconds pass until an engine binds them. Raises EnvironmentProblem where there are none."""
-    first = _FIRST_PORT
-    end = max(_first_ephemeral_port(), first + 1)
+    """So many TCP ports of `host` that are free now, and as far as it is set up like that, that the kernel
+    gives to nobody who asks for any: seconds pass until an engine binds them. Raises EnvironmentProblem where
+    there are none."""
+    first, end = _FIRST_PORT, _first_ephemeral_port()
+    if end < first + _ENOUGH_PORTS:
+        end = _FIRST_EPHEMERAL_PORT
     ports: list[int] = []
     for port in random.sample(range(first, end), end - first):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -207,4 +212,4 @@ def _first_ephemeral_port() -> int:
     try:
         return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except OSError:
-        return 32768  # Linux' own default
+        return _FIRST_EPHEMERAL_PORT

@@ -21,6 +21,11 @@ def test_they_are_free_and_no_client_gets_them() -> None:
             probe.bind(("127.0.0.1", port))
 
 
+def test_there_are_some_where_the_kernel_gives_all_to_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.worker._first_ephemeral_port", lambda: 1024)
+    assert all(20_000 <= port < 32_768 for port in free_ports("127.0.0.1", 3))
+
+
 def test_an_address_of_another_machine_is_told() -> None:
     with pytest.raises(EnvironmentProblem, match=r"at 192\.0\.2\.1"):
         free_ports("192.0.2.1", 1)

@@ -110,20 +110,16 @@ class ZmqLink:
         self._post([wire.ADD, wire.pack(offer), *self._encode(hop)])
 
     def abort(self, request_ids: list[str]) -> None:
-        if not self._socket.closed:
-            self._post([wire.ABORT, wire.pack(request_ids)])
+        self._tell(wire.ABORT, request_ids)
 
     def release(self, request_ids: list[str]) -> None:
-        if not self._socket.closed:
-            self._post([wire.RELEASE, wire.pack(request_ids)])
+        self._tell(wire.RELEASE, request_ids)
 
     def hand_over(self, request_ids: list[str]) -> None:
-        if not self._socket.closed:
-            self._post([wire.HAND_OVER, wire.pack(request_ids)])
+        self._tell(wire.HAND_OVER, request_ids)
 
     def go_on(self, message: wire.GoOn) -> None:
-        if not self._socket.closed:
-            self._post([wire.GO_ON, wire.pack(message)])
+        self._tell(wire.GO_ON, message)
 
     async def call(self, method: str, args: list[Any], deadline_s: float) -> Any:
         """Call an engine method that is no request. Raises InstanceLost, TimeoutError, RuntimeError."""
@@ -145,11 +141,19 @@ class ZmqLink:
             self._socket.disable_monitor()
             self._socket.close(linger=200)
 
+    def _tell(self, kind: bytes, header: Any) -> None:
+        # An instance that is gone has nothing to do for it.
+        with contextlib.suppress(InstanceLost):
+            self._post([kind, wire.pack(header)])
+
     def _post(self, frames: list[Any]) -> None:
+        lost = InstanceLost(instance=self.info.instance_id, stage="send")
         if self._socket.closed:
-            raise InstanceLost(instance=self.info.instance_id, stage="send")
-        # The queue is unbounded and the peer known: this never waits, so its future needs no one.
-        self._socket.send_multipart(frames, flags=zmq.DONTWAIT)
+            raise lost
+        # The queue is unbounded: this never waits, and only a peer that is gone can't be sent to.
+        sent: Any = self._socket.send_multipart(frames, flags=zmq.DONTWAIT)
+        if sent.done() and sent.exception() is not None:
+            raise lost
 
     async def _receive(self) -> str:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster import wire
 from cluster.engine import Doorman, EngineDied
-from cluster.errors import EngineFailure, IncompatiblePeer, NoInstance, ServingError
+from cluster.errors import EngineFailure, IncompatiblePeer, InstanceLost, NoInstance, ServingError
 from cluster.host_zmq import EngineHost
 from cluster.instance import InstanceInfo, InstanceState, Role
 from cluster.metrics import IngressMetrics
@@ -290,6 +291,28 @@ async def test_an_instance_that_dies_is_noticed_and_its_requests_move() -> None:
         await instances["decode-0"].stop()
         await until(lambda: not ingress.router.pending)
         assert ingress.tokens["r"] == expected_tokens(PROMPT, 300)
+        assert ingress.left == ["decode-0"]
+
+
+def post_until_lost(link: ZmqLink) -> None:
+    """While the loop hears of nothing."""
+    for _ in range(500):
+        link._post([wire.ABORT, wire.pack(["r"])])
+        time.sleep(0.01)
+
+
+async def test_what_is_sent_to_an_instance_that_is_gone_is_an_error_at_once() -> None:
+    async with cluster("prefill-0", "decode-0") as (ingress, instances):
+        link = ingress.keeper.links["decode-0"]
+        await instances["decode-0"].stop()
+        with pytest.raises(InstanceLost):
+            post_until_lost(link)
+        await until(lambda: "decode-0" not in ingress.keeper.links)
+        with pytest.raises(InstanceLost):
+            await link.call("is_sleeping", [], 1.0)
+        for tell in (link.abort, link.release, link.hand_over):
+            tell(["r"])
+        link.go_on(wire.GoOn("r", [], {}))
 
 
 async def test_a_dead_engine_is_told_to_every_ingress() -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from cluster.instance import Role
+from cluster.instance import InstanceState, Role
 from cluster.metrics import IngressMetrics
 from router.decisions import Decisions
 from router.fleet import Fleet, L
@@ -49,6 +49,9 @@ class Migrations:
         self._predictor = predictor
         self._decisions = decisions
         self._for_tpot = rebalance == "all"
+        # Instances that go, and when those are looked for that have begun to decode there since.
+        self._emptying: set[str] = set()
+        self._empty_s = -math.inf
         self._look_s = -math.inf if predictor is not None and rebalance != "off" else math.inf
 
     def begin(self, request_id: str, instance_id: str, cause: str = "asked") -> bool:
@@ -68,7 +71,12 @@ class Migrations:
         return True
 
     def look(self, now_s: float) -> None:
-        """Rebalance, unless it was looked at a moment ago."""
+        """Rebalance, and empty what is to be empty, unless it was looked at a moment ago."""
+        if self._emptying and now_s >= self._empty_s:
+            self._empty_s = now_s + EVERY_S
+            self._emptying = {one for one in self._emptying if self._drains(one)}
+            for instance_id in self._emptying:
+                self._move_all(instance_id)
         if now_s < self._look_s or self._predictor is None:
             return
         self._look_s = now_s + EVERY_S
@@ -76,7 +84,12 @@ class Migrations:
             self._rebalance(sources, self._predictor)
 
     def empty(self, instance_id: str) -> None:
-        """Let what runs on an instance that will go continue elsewhere, as far as there is room."""
+        """Let what runs on an instance that will go continue elsewhere, as far as there is room; and what is
+        on its way there when it runs."""
+        self._emptying.add(instance_id)
+        self._move_all(instance_id)
+
+    def _move_all(self, instance_id: str) -> None:
         promised: dict[str, int] = {}
         for run in self._decoding().get(instance_id, []):
             tokens = len(run.request.prompt_token_ids) + len(run.generated)
@@ -86,6 +99,10 @@ class Migrations:
                     if self.begin(run.request.request_id, target.instance_id, "drain"):
                         promised[target.instance_id] = more
                     break
+
+    def _drains(self, instance_id: str) -> bool:
+        member = self._fleet.get(instance_id)
+        return member is not None and member.info.state is InstanceState.DRAINING
 
     def _decoding(self) -> dict[str, list[Run]]:
         """Runs that can move, by the instance that decodes them."""

@@ -170,6 +170,24 @@ async def test_what_runs_on_an_instance_that_drains_goes_on_elsewhere() -> None:
     cluster.assert_nothing_held()
 
 
+async def test_what_is_on_its_way_to_an_instance_that_drains_goes_on_elsewhere_too() -> None:
+    cluster = TwinCluster(*PLACES)
+    cluster.submit("a", PROMPT, 1_000_000)
+    cluster.router.update(replace(cluster.instances["decode-0"].info, state=InstanceState.DRAINING))
+    assert count(cluster, "drain") == 0
+    await until(lambda: "decode-0" not in (run := cluster.router._runs["a"]).decodes_at and run.decodes_at)
+    assert count(cluster, "drain") == 1
+    # Another life in its place is as any other.
+    cluster.router.leave("decode-0", why="drained")
+    cluster.add("decode-0")
+    cluster.submit("b", PROMPT, 200)
+    await until(lambda: "b" not in cluster.router._runs)
+    assert count(cluster, "drain") == 1
+    cluster.router.abort(["a"])
+    await cluster.settle()
+    cluster.assert_nothing_held()
+
+
 async def test_an_unknown_error_of_the_target_is_its_own() -> None:
     """A target that refuses the request fails it there; it is computed anew elsewhere."""
     cluster = TwinCluster(*PLACES, "decode-2")

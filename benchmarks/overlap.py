@@ -23,6 +23,7 @@ import yaml
 from benchmarks.cluster import URL, cluster, wait_serving
 from benchmarks.fidelity import build_model, spec_for
 from benchmarks.migration import Client
+from deploy.status import read_metric
 
 CHUNK = 256
 PROMPTS = (700, 1500, 3000)
@@ -39,11 +40,6 @@ class Measured:
     bytes: float = 0.0
 
 
-def metric(text: str, name: str) -> float:
-    """A metric, over all its labels."""
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
-
-
 async def measure(found: Measured, requests: int, seed: int) -> None:
     async with httpx.AsyncClient(base_url=URL, timeout=DEADLINE_S) as http:
         client = Client(http, seed)
@@ -56,9 +52,8 @@ async def measure(found: Measured, requests: int, seed: int) -> None:
                 times_s = (await client.stream(prompt, 4)).times_s
                 found.gap_s.setdefault(prompt, []).append(times_s[1] - times_s[0])
                 found.second_s.setdefault(prompt, []).append(times_s[1] - began_s)
-        text = (await http.get("/metrics")).text
-        found.early_bytes += metric(text, "pdserve_kv_bytes_moved_early_total")
-        found.bytes += metric(text, "vllm:nixl_bytes_transferred_sum")
+    found.early_bytes += read_metric(URL, "pdserve_kv_bytes_moved_early_total")
+    found.bytes += read_metric(URL, "vllm:nixl_bytes_transferred_sum")
 
 
 def spec_with(folder: Path, path: Path, *, overlap: bool) -> Path:

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import sys
 import tempfile
-import urllib.request
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -33,6 +32,7 @@ from deploy.replay import ReplayOptions, replay
 from deploy.replay_report import ReplayReport
 from deploy.simulator.run import Simulation
 from deploy.slo_classes import SloClass, assign_slo_classes
+from deploy.status import read_metric
 from deploy.trace_shapes import conversation_like
 from deploy.workload import WorkloadRequest
 from router.policies import POLICIES
@@ -83,15 +83,18 @@ def bounds_of(alone: ReplayReport) -> tuple[SloClass, ...]:
     )
 
 
-def predictions() -> dict[str, float]:
-    """Sums and counts of what was predicted and of what came, by their label sets."""
-    with urllib.request.urlopen(f"{URL}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    prefixes = ("pdserve_prediction_seconds_sum", "pdserve_prediction_seconds_count")
-    return {
-        name.removeprefix("pdserve_prediction_seconds_"): float(value)
-        for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith(prefixes))
-    }
+PREDICTIONS = tuple((what, kind) for what in ("ttft", "tpot") for kind in ("predicted", "actual"))
+
+
+def predictions() -> list[tuple[float, float]]:
+    """Sum and count of what was predicted and of what came, in the order of `PREDICTIONS`."""
+    return [
+        (
+            read_metric(URL, f'pdserve_prediction_seconds_sum{{kind="{kind}",what="{what}"}}'),
+            read_metric(URL, f'pdserve_prediction_seconds_count{{kind="{kind}",what="{what}"}}'),
+        )
+        for what, kind in PREDICTIONS
+    ]
 
 
 @dataclass(slots=True)
@@ -104,21 +107,17 @@ class Found:
     times_ms: list[tuple[float, ...]] = field(default_factory=list)
     twins: list[float] = field(default_factory=list)
 
-    def add(self, report: ReplayReport, before: dict[str, float], after: dict[str, float]) -> None:
+    def add(
+        self, report: ReplayReport, before: list[tuple[float, float]], after: list[tuple[float, float]]
+    ) -> None:
         requests = sum(report.counts.values())
         self.kept.append(report.met / requests)
         self.rejected.append(report.counts["rejected"] / requests)
-
-        def mean_ms(what: str, kind: str) -> float:
-            labels = f'{{kind="{kind}",what="{what}"}}'
-            total, count = (
-                after.get(name + labels, 0.0) - before.get(name + labels, 0.0) for name in ("sum", "count")
-            )
-            return 1e3 * total / count if count else 0.0
-
-        self.times_ms.append(
-            tuple(mean_ms(what, kind) for what in ("ttft", "tpot") for kind in ("predicted", "actual"))
-        )
+        spent = [
+            (total - total_then, count - count_then)
+            for (total_then, count_then), (total, count) in zip(before, after, strict=True)
+        ]
+        self.times_ms.append(tuple(1e3 * total / count if count else 0.0 for total, count in spent))
 
     def __str__(self) -> str:
         ttft, ttft_came, tpot, tpot_came = (fmean(column) for column in zip(*self.times_ms, strict=True))

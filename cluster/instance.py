@@ -71,6 +71,13 @@ class EngineFacts:
     news_address: str = ""
 
 
+def chunk_tokens(max_num_batched_tokens: int, long_prefill_token_threshold: int, *, is_chunked: bool) -> int:
+    """Tokens of one prompt in an iteration at most, by vLLM's limits of it; 0 for no limit."""
+    if not is_chunked:
+        return 0
+    return min(limit for limit in (max_num_batched_tokens, long_prefill_token_threshold) if limit)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceInfo:
     """One life of an instance, as the registry and every ingress know it.

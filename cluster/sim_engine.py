@@ -24,7 +24,7 @@ from cluster.engine import Frames
 from cluster.errors import ServingError
 from cluster.fingerprint import model_fingerprint
 from cluster.handle import FOLLOWS_PARAM
-from cluster.instance import EngineFacts, Fingerprint, Role
+from cluster.instance import EngineFacts, Fingerprint, Role, chunk_tokens
 from cluster.latency import EMPTY_BATCH, Batch, Levels, level_at
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.sim_scheduler import (
@@ -50,6 +50,8 @@ from cluster.wire import (
 )
 
 SIM_ENGINE_NAME = "sim 3"
+# A twin hears nothing before a prompt is computed; its facts say that it may be sent one that follows.
+NEWS_ADDRESS = "twin"
 _VOCABULARY = range(100, 4000)
 _TWO_CYCLES = [*_VOCABULARY, *_VOCABULARY]
 # A process that is later than this was stopped, not slow, and its engine with it.
@@ -77,10 +79,6 @@ class KvGone(ServingError):
 
     def describe(self) -> str:
         return f"the KV of {self.request_id} can't be read: {self.detail}"
-
-
-# A twin hears nothing before a prompt is computed; its facts say that it may be sent one that follows.
-NEWS_ADDRESS = "twin"
 
 
 class KvExchange(Protocol):
@@ -250,7 +248,11 @@ class SimEngine:
             pipeline_parallel_size=options.pipeline_stages,
             max_loras=options.max_loras,
             max_cpu_loras=options.max_cpu_loras,
-            chunk_tokens=_chunk_tokens(options),
+            chunk_tokens=chunk_tokens(
+                options.max_num_batched_tokens,
+                options.long_prefill_token_threshold,
+                is_chunked=options.chunked_prefill,
+            ),
             news_address=NEWS_ADDRESS if options.overlap and self._exchange is not None else "",
         )
 
@@ -737,10 +739,3 @@ class SimEngine:
                 begin_s = end_s
         counters.kv_peak_blocks = max(counters.kv_peak_blocks, used)
         self._counted_s = begin_s
-
-
-def _chunk_tokens(options: TwinOptions) -> int:
-    if not options.chunked_prefill:
-        return 0
-    limits = (options.max_num_batched_tokens, options.long_prefill_token_threshold)
-    return min(limit for limit in limits if limit)

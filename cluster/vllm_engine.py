@@ -14,7 +14,7 @@ from typing import Any
 from cluster import vllm_api
 from cluster.engine import EngineDied, Frames
 from cluster.fingerprint import model_fingerprint
-from cluster.instance import EngineFacts, Fingerprint
+from cluster.instance import EngineFacts, Fingerprint, chunk_tokens
 from cluster.vllm_kv_events import VllmKvEvents
 from cluster.vllm_options import NEWS_ADDRESS, engine_config
 from cluster.wire import GO_ON_PARAM, HAND_OVER_PARAM, RELEASE_PARAM, Blocks, GoOn, Load
@@ -30,7 +30,7 @@ ADAPTER_DEADLINE_S = 60.0
 def engine_facts(config: Any) -> EngineFacts:
     """Facts of a started engine, from its final configuration."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
-    lora = config.lora_config
+    scheduler, lora = config.scheduler_config, config.lora_config
     block_size = int(cache.block_size)
     capacity = int(getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * block_size)
     kv_dtype = str(model.dtype) if cache.cache_dtype == "auto" else str(cache.cache_dtype)
@@ -45,21 +45,18 @@ def engine_facts(config: Any) -> EngineFacts:
         max_model_len=int(model.max_model_len),
         kv_capacity_tokens=capacity,
         kv_bytes_per_token=_kv_bytes_per_token(model, kv_dtype),
-        max_num_seqs=int(config.scheduler_config.max_num_seqs),
+        max_num_seqs=int(scheduler.max_num_seqs),
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         max_loras=lora.max_loras if lora else 0,
         max_cpu_loras=lora.max_cpu_loras if lora else 0,
-        chunk_tokens=_chunk_tokens(config.scheduler_config),
+        chunk_tokens=chunk_tokens(
+            int(scheduler.max_num_batched_tokens),
+            int(scheduler.long_prefill_token_threshold),
+            is_chunked=scheduler.enable_chunked_prefill,
+        ),
         news_address=os.environ.get(NEWS_ADDRESS, ""),
     )
-
-
-def _chunk_tokens(scheduler: Any) -> int:
-    if not scheduler.enable_chunked_prefill:
-        return 0
-    limits = (scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold)
-    return min(int(limit) for limit in limits if limit)
 
 
 def _kv_bytes_per_token(model: Any, kv_dtype: str) -> int:

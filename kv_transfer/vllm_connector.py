@@ -229,9 +229,10 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         return busy | self.early.engines()
 
     def _cleanup_remote_engines(self) -> None:
-        replaced = self._remote_agents.keys() - set(self._engine_by_address.values())
-        if not self.early.engines() & replaced:
-            super()._cleanup_remote_engines()
+        # Asked with every iteration; mostly nothing is read early.
+        if (reading := self.early.engines()) and not reading <= set(self._engine_by_address.values()):
+            return  # one of them has been replaced
+        super()._cleanup_remote_engines()
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         with self._timed("bootstrap"):

@@ -49,7 +49,6 @@ class Hop:
         deliver: whether its tokens go to the client.
         source: the prefill hop whose blocks it reads.
         follows: tokens that a decode sent while its prompt is computed will read; 0 once it has its prompt.
-        awaits: whether the source's token will belong to its prompt.
         follower: of a prefill, where its engine tells how far it is.
         hands_over: whether its engine was told to keep its blocks for another: always of a prefill.
         handle: the blocks it kept, when it has ended and its engine did.
@@ -66,7 +65,6 @@ class Hop:
         "_overdue_after_s",
         "_timer",
         "_waiter",
-        "awaits",
         "cached_tokens",
         "deadline_s",
         "deliver",
@@ -124,7 +122,6 @@ class Hop:
         self.deadline_s = deadline_s
         self.keep_s = keep_s
         self.follows = 0
-        self.awaits = False
         self.follower: Follower | None = None
         self.hands_over = kind is HopKind.PREFILL
         self.handle: KvHandle | None = None
@@ -151,20 +148,25 @@ class Hop:
             self.source.handle.params if self.source is not None and self.source.handle is not None else None
         )
 
-    def follow(self, prompt: Hop, news_address: str) -> None:
-        """Before either is sent: let its engine read the prompt while it is computed, until `go_on`."""
-        self.follows = len(prompt.prompt_token_ids)
-        self.awaits = prompt.deliver
+    @property
+    def awaits(self) -> bool:
+        """Whether its source's token will belong to its prompt."""
+        return self.follows > 0 and self.source is not None and self.source.deliver
+
+    def follow(self, news_address: str) -> None:
+        """Before either is sent: let its engine read what its source computes meanwhile, until `go_on`."""
+        assert self.source is not None
+        self.follows = len(self.source.prompt_token_ids)
         if self.awaits:
             self.max_tokens -= 1
             self.is_first = False
-        prompt.follower = Follower(news_address, self.hop_id)
+        self.source.follower = Follower(news_address, self.hop_id)
 
     def go_on(self, handle: KvHandle, now_s: float) -> GoOn:
         """Its prompt is computed: what to tell its engine."""
         token_ids = self.generated[-1:] if self.awaits else []
         self.prompt_token_ids = self.prompt_token_ids + token_ids
-        self.follows, self.awaits = 0, False
+        self.follows = 0
         self.progress_s = now_s
         return GoOn(self.hop_id, token_ids, dict(handle.params))
 

@@ -147,13 +147,12 @@ class ZmqLink:
             self._post([kind, wire.pack(header)])
 
     def _post(self, frames: list[Any]) -> None:
-        lost = InstanceLost(instance=self.info.instance_id, stage="send")
-        if self._socket.closed:
-            raise lost
-        # The queue is unbounded: this never waits, and only a peer that is gone can't be sent to.
-        sent: Any = self._socket.send_multipart(frames, flags=zmq.DONTWAIT)
-        if sent.done() and sent.exception() is not None:
-            raise lost
+        if not self._socket.closed:
+            # The queue is unbounded: this never waits, and only a peer that is gone can't be sent to.
+            sent: Any = self._socket.send_multipart(frames, flags=zmq.DONTWAIT)
+            if not sent.done() or sent.exception() is None:
+                return
+        raise InstanceLost(instance=self.info.instance_id, stage="send")
 
     async def _receive(self) -> str:
         while True:

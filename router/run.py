@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -241,20 +242,19 @@ class Run:
         prefill = self._hop(decision.prefill, HopKind.PREFILL)
         decode: Hop | None = None
         try:
-            if news_address := self._router.news_address(prefill, decision.decode):
-                decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
-                decode.follow(prefill, news_address)
-                with self._router.open(decode):
-                    if (handle := await self._prefill(prefill)) is None:
-                        return
-                    self._router.go_on(decode, handle)
-                    await self._decode(decode, handle)
-            else:
+            with ExitStack() as opened:
+                if news_address := self._router.news_address(prefill, decision.decode):
+                    decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
+                    decode.follow(news_address)
+                    opened.enter_context(self._router.open(decode))
                 if (handle := await self._prefill(prefill)) is None:
                     return
-                decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
-                with self._router.open(decode):
-                    await self._decode(decode, handle)
+                if decode is None:
+                    decode = self._hop(decision.decode, HopKind.DECODE, source=prefill)
+                    opened.enter_context(self._router.open(decode))
+                else:
+                    self._router.go_on(decode, handle)
+                await self._decode(decode, handle)
         finally:
             self._let_go(prefill, decode)
         await self._elsewhere(decode)

@@ -86,8 +86,8 @@ def hop_request(original: Any, hop: Hop) -> Any:
             params.prompt_logprob_start = None
             params.skip_reading_prefix_cache = False
     extra = dict(params.extra_args or {})
-    if hop.kv_params is not None:
-        extra["kv_transfer_params"] = dict(hop.kv_params)
+    if (kv_params := hop.kv_params) is not None:
+        extra["kv_transfer_params"] = dict(kv_params)
     if hop.deadline_s < math.inf:
         extra[DUE_PARAM] = hop.deadline_s - asyncio.get_running_loop().time()
     if hop.keep_s:

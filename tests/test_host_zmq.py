@@ -25,7 +25,7 @@ from cluster.sim_engine import SIM_ENGINE_NAME, SimEngine
 from cluster.spec import ClusterSpec, DeadlineSpec, SimEngineSpec
 from cluster.wire import Offer, StepOutputs, TokenRequest
 from prefill_worker.doorman import LearningDoorman
-from router.hop import Hop, HopKind
+from router.hop import Hop
 from router.link_zmq import LinkKeeper, ZmqLink
 from router.policy import LeastTokens
 from router.router import Router
@@ -110,10 +110,8 @@ class Ingress:
 
     def _encode(self, hop: Hop) -> Sequence[Any]:
         extra: dict[str, Any] = {}
-        if hop.kind is HopKind.PREFILL:
-            extra = {"kv_transfer_params": {"do_remote_decode": True}}
-        elif hop.kv_params is not None:
-            extra = {"kv_transfer_params": dict(hop.kv_params)}
+        if (kv_params := hop.kv_params) is not None:
+            extra = {"kv_transfer_params": dict(kv_params)}
         params = {"max_tokens": hop.max_tokens, "extra_args": extra}
         request = TokenRequest(
             request_id=hop.hop_id, prompt_token_ids=hop.prompt_token_ids, sampling_params=params

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
 from cluster.instance import Role
 from cluster.spec import ClusterSpec
 from cluster.vllm_options import engine_options
+from deploy.status import read_metric
 from deploy.tiny_model_torch import build_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(300)]
@@ -64,6 +64,4 @@ def test_one_rank_prefills_and_two_decode(tmp_path: Path) -> None:
             prompt = [(length + i * 37) % 3000 + 100 for i in range(length)]
             whole = greedy(prompt, "whole", vllm_xargs={"pdserve_unsplit": 1})
             assert greedy(prompt, "split") == whole
-        lines = httpx.get(f"{url}/metrics", timeout=10).text.splitlines()
-        early = [line for line in lines if line.startswith("pdserve_kv_bytes_moved_early_total")]
-        assert sum(float(line.rsplit(" ", 1)[1]) for line in early) > 0
+        assert read_metric(url, "pdserve_kv_bytes_moved_early_total") > 0

@@ -284,10 +284,8 @@ def _shares(record: Record) -> bool:
 
 def _request(hop: Hop, now_s: float) -> TokenRequest:
     extra: dict[str, Any] = {}
-    if hop.kind is HopKind.PREFILL:
-        extra = {"kv_transfer_params": {"do_remote_decode": True}}
-    elif hop.kv_params is not None:
-        extra = {"kv_transfer_params": hop.kv_params}
+    if (kv_params := hop.kv_params) is not None:
+        extra = {"kv_transfer_params": kv_params}
     if hop.deadline_s < math.inf:
         extra[DUE_PARAM] = hop.deadline_s - now_s
     if hop.keep_s:

@@ -1,7 +1,8 @@
 # `make demo` and `make test` set up everything they need; nothing else has to be typed.
 PYTHON ?= python3.11
 VENV ?= .venv
-MODEL ?= .cache/models/tiny
+TINY := .cache/models/tiny
+MODEL ?= $(TINY)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -26,6 +27,7 @@ demo: $(STAMP)  ## start a real split cluster on this machine, chat, replay a tr
 	$(BIN)/python -m deploy.demo --model $(MODEL)
 
 serve: $(STAMP)  ## the same cluster, left up until Ctrl-C
+	$(if $(filter $(TINY),$(MODEL)),$(BIN)/pdserve model tiny $(TINY))
 	$(BIN)/pdserve up deploy/specs/cpu.yaml --model $(MODEL)
 
 # Clusters and engines take all cores of a small machine: those tests run one at a time. The others run two at a

@@ -3,6 +3,7 @@
 python -m benchmarks.policies                                     # all policies, traces and sizes, 3 seeds
 python -m benchmarks.policies --gpus 32 --traces mixed --seeds 1 --policies goodput least_tokens
 python -m benchmarks.policies --jobs 2                            # on two cores, the same figures
+python -m benchmarks.policies --nic-gbps 3 --colocate             # a slow network, both pools on every node
 
 Llama-3-70B on H100s by the roofline, instances of 4 GPUs, half of them for each phase. A seed picks the part
 of the trace and who is in which class; every policy gets the same requests. Needs the shared traces.
@@ -20,6 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
+from typing import Any
 
 from benchmarks.latency_data import TRACES
 from benchmarks.simulator_speed import SPECS
@@ -33,6 +35,7 @@ from deploy.workload import WorkloadRequest, from_zero, rescale
 from router.policies import POLICIES
 
 SPEC = SPECS / "h100-70b-8p8d.yaml"
+GPUS_PER_NODE = 8
 TARGET = 0.9
 TOLERANCE = 0.02
 # Around what was found before: seeds and sizes differ by less, mostly.
@@ -71,12 +74,32 @@ TRAFFIC = {
 }
 
 
-def spec_of(gpus: int, policy: str, order: str = "arrival", max_model_len: int = 16_384) -> ClusterSpec:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is the same for all policies.
+
+    Attributes:
+        order: of prompts.
+        nic_gbps: between nodes, per GPU; None for the hardware's.
+        colocate: whether each node has instances of both pools.
+    """
+
+    order: str = "arrival"
+    nic_gbps: float | None = None
+    colocate: bool = False
+
+
+def spec_of(gpus: int, policy: str, setting: Setting = Setting(), max_model_len: int = 16_384) -> ClusterSpec:
     """Half of the GPUs for each phase."""
-    options = {"max_model_len": max_model_len}
     # What the policies themselves do, without the instances' refusals.
-    keys = {"policy": policy, "prefill_order": order, "prefill_queue": "open", "engine_options": options}
+    keys: dict[str, Any] = {"policy": policy, "prefill_order": setting.order, "prefill_queue": "open"}
+    keys["engine_options"] = {"max_model_len": max_model_len}
+    if setting.colocate:
+        keys["colocate"] = GPUS_PER_NODE
     spec = load_spec(SPEC, keys)
+    if setting.nic_gbps is not None:
+        network = spec.sim.network.model_copy(update={"nic_gbps": setting.nic_gbps})
+        spec = spec.model_copy(update={"sim": spec.sim.model_copy(update={"network": network})})
     pools = {
         role: getattr(spec, role).model_copy(update={"count": gpus // 2 // spec.prefill.ranks})
         for role in ("prefill", "decode")
@@ -105,10 +128,12 @@ def attainment(spec: ClusterSpec, requests: Sequence[WorkloadRequest], classes: 
     return sum(request.met for request in result.requests) / len(result.requests)
 
 
-def goodput(name: str, traffic: Traffic, gpus: int, seed: int, order: str, guess_rps: float | None) -> float:
+def goodput(
+    name: str, traffic: Traffic, gpus: int, seed: int, setting: Setting, guess_rps: float | None
+) -> float:
     """Requests/s and GPU; `guess_rps` is what another seed or size has found, if any has."""
     requests, classes = requests_of(traffic, gpus, seed)
-    spec = spec_of(gpus, name, order, traffic.max_model_len)
+    spec = spec_of(gpus, name, setting, traffic.max_model_len)
     found = find_goodput(
         lambda rate: attainment(spec, rescale(requests, rate_rps=rate), classes),
         target=TARGET,
@@ -119,7 +144,9 @@ def goodput(name: str, traffic: Traffic, gpus: int, seed: int, order: str, guess
     return found.rate_rps / gpus
 
 
-def by_size(name: str, sizes: Sequence[int], seeds: int, order: str, policy: str) -> dict[int, list[float]]:
+def by_size(
+    name: str, sizes: Sequence[int], seeds: int, setting: Setting, policy: str
+) -> dict[int, list[float]]:
     """Of one policy on one trace: requests/s and GPU of every seed, by GPUs."""
     found: dict[int, list[float]] = {}
     guess: float | None = None
@@ -127,7 +154,7 @@ def by_size(name: str, sizes: Sequence[int], seeds: int, order: str, policy: str
         began_s = time.perf_counter()
         found[gpus] = []
         for seed in range(seeds):
-            guess = goodput(policy, TRAFFIC[name], gpus, seed, order, guess)
+            guess = goodput(policy, TRAFFIC[name], gpus, seed, setting, guess)
             found[gpus].append(guess)
         print(
             f"{name} {gpus} {policy}: {', '.join(f'{rate:.3f}' for rate in found[gpus])}, "
@@ -148,6 +175,8 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", choices=known, default=known)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--order", choices=["arrival", "deadline"], default="deadline", help="of prompts")
+    parser.add_argument("--nic-gbps", type=float, help="between nodes, per GPU; default: H100's 400")
+    parser.add_argument("--colocate", action="store_true", help="instances of both pools on each node")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     if not TRACES.is_dir():
@@ -156,7 +185,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     with ProcessPoolExecutor(args.jobs) as workers:
         for name in args.traces:
-            chain = partial(by_size, name, args.gpus, args.seeds, args.order)
+            setting = Setting(order=args.order, nic_gbps=args.nic_gbps, colocate=args.colocate)
+            chain = partial(by_size, name, args.gpus, args.seeds, setting)
             found = dict(zip(args.policies, workers.map(chain, args.policies), strict=True))
             for gpus in args.gpus:
                 best = fmean(found["goodput"][gpus]) if "goodput" in found else 0.0

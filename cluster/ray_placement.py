@@ -1,10 +1,12 @@
-"""Where an instance runs: one placement group and one actor per life. The only code that creates workers."""
+"""Where an instance runs: one actor per life, in a placement group of its own or in that of its node. The
+only code that creates workers."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import ray
@@ -14,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import ServingError
 from cluster.instance import Role
+from cluster.placement import sharing
 from cluster.ray_worker import StartFailed
 from cluster.spec import ClusterSpec
 from cluster.worker import Ready
@@ -23,6 +26,10 @@ class RayWorker:
     """A life in a Ray actor, as the controller handles it (`deploy.controller.WorkerHandle`)."""
 
     def __init__(self, actor: Any, group: Any) -> None:
+        """
+        Args:
+            group: that ends with the life; None for one that others share.
+        """
         self._actor = actor
         self._group = group
 
@@ -50,7 +57,8 @@ class RayWorker:
 
     async def kill(self) -> None:
         ray.kill(self._actor, no_restart=True)
-        remove_placement_group(self._group)
+        if self._group is not None:
+            remove_placement_group(self._group)
 
 
 def _first_line(error: RayError) -> str:
@@ -64,11 +72,23 @@ class RayLauncher:
         self._spec = spec
         self._controller = controller
         self._actor_classes = actor_classes
+        # With `colocate`: who shares a node, in order, and the node's group once somebody was launched there.
+        nodes = sharing(spec) if spec.colocate else ()
+        self._sharing = {instance_id: node for node in nodes for instance_id in node}
+        self._groups: dict[tuple[str, ...], Any] = {}
 
     async def launch(self, instance_id: str, role: Role, *, index: int, incarnation: str) -> RayWorker:
         """Raises StartFailed when no node has the resources within `startup_s`; one may join later."""
-        group = await self._place(instance_id, role)
+        node = self._sharing.get(instance_id)
+        if node is None:
+            group = self._group([instance_id])
+        else:
+            if node not in self._groups:
+                self._groups[node] = self._group(node)
+            group = self._groups[node]
+        own = group if node is None else None
         try:
+            await self._placed(group, node or (instance_id,))
             actor = (
                 ray.remote(self._actor_classes[role])
                 .options(
@@ -78,7 +98,9 @@ class RayLauncher:
                     max_restarts=0,
                     max_concurrency=100,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        placement_group=group, placement_group_capture_child_tasks=True
+                        placement_group=group,
+                        placement_group_bundle_index=node.index(instance_id) if node else 0,
+                        placement_group_capture_child_tasks=True,
                     ),
                 )
                 .remote(
@@ -90,30 +112,42 @@ class RayLauncher:
                 )
             )
         except BaseException:
-            remove_placement_group(group)
+            if own is not None:
+                remove_placement_group(own)
             raise
-        return RayWorker(actor, group)
+        return RayWorker(actor, own)
 
-    async def _place(self, instance_id: str, role: Role) -> Any:
-        pool = self._spec.pool(role)
-        bundle = {"CPU": pool.cpus, **pool.resources}
-        if gpus := self._gpus(role):
-            bundle["GPU"] = float(gpus)
-        # All ranks of an instance on one node: its tensor parallelism needs NVLink.
-        group = placement_group([bundle], strategy="STRICT_PACK", name=f"{self._spec.name}:{instance_id}")
+    def _group(self, instance_ids: Sequence[str]) -> Any:
+        """For each a bundle, and all of them on one node: tensor parallelism, and KV that stays in a node,
+        need NVLink."""
+        name = f"{self._spec.name}:{'+'.join(instance_ids)}"
+        return placement_group(self._bundles(instance_ids), strategy="STRICT_PACK", name=name)
+
+    def _bundles(self, instance_ids: Sequence[str]) -> list[dict[str, float]]:
+        roles = dict(self._spec.places())
+        found = []
+        for role in (roles[instance_id] for instance_id in instance_ids):
+            pool = self._spec.pool(role)
+            bundle = {"CPU": pool.cpus, **pool.resources}
+            if gpus := self._gpus(role):
+                bundle["GPU"] = float(gpus)
+            found.append(bundle)
+        return found
+
+    async def _placed(self, group: Any, instance_ids: Sequence[str]) -> None:
+        """Wait until it has its node. A shared group that has none yet stays: a node for it may join."""
         try:
             async with asyncio.timeout(self._spec.deadlines.startup_s):
                 await group.ready()
         except TimeoutError:
-            remove_placement_group(group)
+            bundles = self._bundles(instance_ids)
+            needs = {name: sum(b.get(name, 0.0) for b in bundles) for name in dict.fromkeys(chain(*bundles))}
             nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-            names = ("CPU", "GPU", *pool.resources)
-            has = "; ".join(", ".join(f"{name} {n.get(name, 0):g}" for name in names) for n in nodes)
+            has = "; ".join(", ".join(f"{name} {n.get(name, 0):g}" for name in needs) for n in nodes)
             raise StartFailed(
-                detail=f"{instance_id} needs {bundle} on one node, and no node has that free (nodes: {has}); "
-                "add nodes, or lower the pool's count, parallelism or cpus in the spec"
+                detail=f"{' + '.join(instance_ids)} need {needs} on one node, and no node has that free "
+                f"(nodes: {has}); add nodes, or lower the pools' count, parallelism or cpus in the spec"
             ) from None
-        return group
 
     def _gpus(self, role: Role) -> int:
         needs_gpus = self._spec.device == "gpu" and self._spec.engine != "sim"

@@ -21,7 +21,6 @@ from typing import Any, Protocol
 
 import msgspec
 
-from cluster.hardware import hardware_named
 from cluster.instance import Role
 from cluster.sim_engine import KvGone
 from cluster.spec import ClusterSpec
@@ -50,8 +49,7 @@ class Source(Protocol):
 
 def nic_bytes_per_s(spec: ClusterSpec, role: Role) -> float:
     """What an instance of a role sends or receives to or from other nodes, in bytes per second."""
-    network = spec.sim.network
-    hardware = hardware_named(spec.sim.hardware) if spec.sim.hardware else None
+    network, hardware = spec.sim.network, spec.sim.hardware_of(role)
     rate = hardware.nic_bytes_per_s if hardware else _UNKNOWN_RATE_BYTES_PER_S
     if network.nic_gbps:
         rate = network.nic_gbps * _BYTES_PER_S_OF_GBPS

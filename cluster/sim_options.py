@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import SpecError
-from cluster.hardware import Hardware, hardware_named
+from cluster.hardware import Hardware
 from cluster.instance import Role
 from cluster.latency import ConstantLatency, LatencyModel, ProfiledLatency, at_pace, load_profile
 from cluster.model_shape import ModelShape, shape_of
@@ -76,7 +76,7 @@ def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]
     """
     pool, sim = spec.pool(role), spec.sim
     options: dict[str, Any] = {**phase_options, **spec.engine_options, **pool.engine_options}
-    hardware = hardware_named(sim.hardware) if sim.hardware else None
+    hardware = sim.hardware_of(role)
     shape = _shape(spec, needed=hardware is not None)
     block_size = int(options.get("block_size") or sim.block_size)
     max_model_len = int(

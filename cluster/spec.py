@@ -19,6 +19,7 @@ from cluster.batch_spec import BatchSpec
 from cluster.errors import SpecError
 from cluster.frozen import Frozen
 from cluster.instance import Role
+from cluster.sim_spec import SimEngineSpec
 from cluster.slo_spec import SloSpec
 
 EngineOptions = dict[str, Any]
@@ -134,59 +135,6 @@ class LoraSpec(Frozen):
     runtime_updates: bool = False
 
 
-class NetworkSpec(Frozen):
-    """The links that the twins' KV moves over; what is not given is the hardware's.
-
-    Attributes:
-        gpus_per_node: instances are packed onto nodes in the order of the spec.
-        nic_gbps: between nodes, per GPU and direction, in gigabits per second.
-        nvlink_gbps: within a node, per GPU and direction, in gigabits per second; 0 for none (PCIe then).
-        latency_s: from asking for KV until its first byte.
-    """
-
-    gpus_per_node: PositiveInt | None = None
-    nic_gbps: PositiveFloat | None = None
-    nvlink_gbps: float | None = Field(default=None, ge=0)
-    latency_s: float = Field(default=0.001, ge=0)
-
-
-class SimEngineSpec(Frozen):
-    """How fast and how large the twins are: after a profile, after a model shape on a GPU, or by fixed costs.
-
-    Batching limits, block size and cache switches are vLLM's own keys in `engine_options`.
-
-    Attributes:
-        profile: file that `pdserve profile` wrote; one for both roles, or one for each.
-        hardware: name of a GPU (`cluster.hardware`); iteration times are then the roofline's.
-        shape: name of a model shape or a `config.json` (`cluster.model_shape`); default: the spec's model.
-        step_s, prefill_s_per_token: fixed costs, where neither of these is given.
-        block_size: tokens in a KV block, where `engine_options` has none.
-        kv_capacity_tokens: tokens in the KV cache of an instance; default: what the hardware's memory leaves
-            beside the weights, else 1,000,000.
-        max_model_len: where `engine_options` has none; default: the shape's, else 32,768.
-        hop_s: simulated time between a router and an engine, there and back together, where no profile has it
-            (frontend_s, handoff_s). Served live, a hop takes what it takes.
-        separate_prefill: whether an iteration with prompts holds no decodes and goes first, as in vLLM up to
-            0.3; for policy `unsplit`, as on a decode instance every hand-over would stop the others.
-        adapter_load_s: what loading a LoRA adapter takes; also what a policy that predicts expects at first.
-        pace: by role, how many times as long its iterations take as the model says (`pdserve calibrate`).
-    """
-
-    profile: str | dict[Role, str] | None = None
-    hardware: str | None = None
-    shape: str | None = None
-    prefill_s_per_token: float = Field(default=0.0, ge=0)
-    step_s: float = Field(default=0.0, ge=0)
-    block_size: PositiveInt = 16
-    kv_capacity_tokens: PositiveInt | None = None
-    max_model_len: PositiveInt | None = None
-    hop_s: float = Field(default=0.0, ge=0)
-    separate_prefill: bool = False
-    adapter_load_s: float = Field(default=0.1, ge=0)
-    pace: dict[Role, PositiveFloat] = Field(default_factory=dict)
-    network: NetworkSpec = Field(default_factory=NetworkSpec)
-
-
 class ClusterSpec(Frozen):
     """A cluster.
 
@@ -207,6 +155,8 @@ class ClusterSpec(Frozen):
             bound, or than `deadlines.prefill_s`, and the router offers it to another; `open` takes all.
         prefill_batching: which prompts share an iteration: whoever comes next (`mixed`), or short ones with
             each other and not with chunks of long ones, for which they wait a few milliseconds (`by_length`).
+        colocate: GPUs of a node (on CPUs, ranks) that holds instances of both pools, as many of each as their
+            counts say, so that KV moves within it; default: an instance is wherever there is room.
         keep_sessions: whether prefill instances keep the KV of a session's prompt from being evicted for as
             long as it is worth it, for the session's next turn; for policies that predict times.
         rebalance: when a running request goes on at another decode instance, its KV handed over: where its
@@ -237,6 +187,7 @@ class ClusterSpec(Frozen):
     prefill_order: Literal["arrival", "deadline"] = "deadline"
     prefill_queue: Literal["bounded", "open"] = "bounded"
     prefill_batching: Literal["mixed", "by_length"] = "mixed"
+    colocate: PositiveInt | None = None
     keep_sessions: bool = False
     rebalance: Literal["off", "memory", "all"] = "memory"
     decode_admission: Literal["free_blocks", "predicted_peak"] = "free_blocks"
@@ -254,9 +205,16 @@ class ClusterSpec(Frozen):
                     f"{role}.pipeline_parallel_size is {pool.pipeline_parallel_size}: KV can't be read from "
                     "pipeline stages yet; use tensor_parallel_size (the twin, engine: sim, has stages)"
                 )
+            if self.colocate is not None and pool.ranks > self.colocate:
+                raise ValueError(
+                    f"colocate is {self.colocate}, and an instance of {role} has {pool.ranks} ranks, all of "
+                    "them on one node"
+                )
             _refuse(pool.engine_options, f"{role}.engine_options")
             if "enable_lora" in pool.engine_options:
                 raise ValueError(f"{role}.engine_options.enable_lora: both pools need it, use engine_options")
+        if self.colocate is not None and self.sim.is_mixed:
+            raise ValueError("colocate: the pools have different GPUs, which are not on one node")
         _refuse(self.engine_options, "engine_options")
         if (self.lora.adapters or self.lora.runtime_updates) and not self.engine_options.get("enable_lora"):
             raise ValueError("'lora' needs engine_options: {enable_lora: true}")

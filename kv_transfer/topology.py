@@ -6,21 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """Where an instance runs: `gpus` of node number `node`, or whole nodes, `nodes` of them from `node`
-    on."""
-
-    instance_id: str
-    node: int
-    gpus: int
-    nodes: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (("node", 0), ("gpus", 1), ("nodes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{self.instance_id}: {name} is {getattr(self, name)}, expected >= {least}")
+from cluster.placement import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,36 +39,10 @@ class LinkRates:
                 "nvlink_bytes_per_s is 0: give pcie_bytes_per_s, which then carries the transfers"
             )
 
-
-def place(
-    counts: Mapping[str, int], gpus_per_instance: Mapping[str, int], gpus_per_node: int
-) -> tuple[Placement, ...]:
-    """Put `counts[role]` instances `role-0`, `role-1`, ... on nodes, roles in the order of `counts`.
-
-    An instance goes to the first node with enough free GPUs; one larger than a node takes new nodes for
-    itself, the last of them too if it needs only a part of it. Raises ValueError for a size below one or a
-    missing role.
-    """
-    if gpus_per_node < 1:
-        raise ValueError(f"gpus_per_node is {gpus_per_node}, expected at least 1")
-    if missing := [role for role in counts if gpus_per_instance.get(role, 0) < 1]:
-        raise ValueError(f"gpus_per_instance of {', '.join(missing)} is missing or below 1")
-    placements: list[Placement] = []
-    free: dict[int, int] = {}  # only nodes with room, so that the search doesn't grow with the cluster
-    fresh = 0
-    for role, count in counts.items():
-        gpus = gpus_per_instance[role]
-        nodes = math.ceil(gpus / gpus_per_node)
-        for index in range(count):
-            node = next((n for n, room in free.items() if room >= gpus), fresh)
-            placements.append(Placement(instance_id=f"{role}-{index}", node=node, gpus=gpus, nodes=nodes))
-            if node == fresh:
-                fresh += nodes
-            if nodes == 1:
-                free[node] = free.get(node, gpus_per_node) - gpus
-                if not free[node]:
-                    del free[node]
-    return tuple(placements)
+    @property
+    def inside(self) -> str:
+        """What carries a transfer within a node: `nvlink` or `pcie`."""
+        return "nvlink" if self.nvlink_bytes_per_s else "pcie"
 
 
 class Topology:
@@ -96,17 +56,22 @@ class Topology:
         links: capacity of every link, in bytes per second.
     """
 
-    def __init__(self, placements: Iterable[Placement], rates: LinkRates) -> None:
-        """Raises ValueError for two placements of one instance, and for one on a spanning instance's node."""
+    def __init__(self, placements: Iterable[Placement], rates: LinkRates | Mapping[str, LinkRates]) -> None:
+        """Raises ValueError for two placements of one instance, and for one on a spanning instance's node.
+
+        Args:
+            rates: of all instances, or of each by its id.
+        """
         self._placements: dict[str, Placement] = {}
-        self._capped = rates.node_nic_bytes_per_s is not None
-        self._inside = "nvlink" if rates.nvlink_bytes_per_s else "pcie"
+        self._rates: dict[str, LinkRates] = {}
         self.links: dict[str, float] = {}
         for placement in placements:
             if placement.instance_id in self._placements:
                 raise ValueError(f"instance {placement.instance_id} is placed twice")
             self._placements[placement.instance_id] = placement
-            self._add_links(placement, rates)
+            of_it = rates if isinstance(rates, LinkRates) else rates[placement.instance_id]
+            self._rates[placement.instance_id] = of_it
+            self._add_links(placement, of_it)
         self._refuse_shared_nodes()
 
     def path(self, source: str, target: str) -> tuple[str, ...]:
@@ -115,14 +80,15 @@ class Topology:
         if source == target:
             raise ValueError(f"{source} can't send KV to itself: a transfer needs two instances")
         a, b = self._placement(source), self._placement(target)
-        inside_out, inside_in = f"{source}/{self._inside}-out", f"{target}/{self._inside}-in"
+        inside = self._rates[source].inside, self._rates[target].inside
+        inside_out, inside_in = f"{source}/{inside[0]}-out", f"{target}/{inside[1]}-in"
         if a.node == b.node:
             return inside_out, inside_in
-        path = [f"{source}/nic-out"]
-        path += [f"node-{a.node}/nic-out"] * (self._capped and a.nodes == 1)
-        path += [f"node-{b.node}/nic-in"] * (self._capped and b.nodes == 1)
-        path += [f"{target}/nic-in"]
-        return (inside_out, *path, inside_in) if self._inside == "pcie" else tuple(path)
+        path = [inside_out] * (inside[0] == "pcie") + [f"{source}/nic-out"]
+        path += [f"node-{a.node}/nic-out"] * (f"node-{a.node}/nic-out" in self.links)
+        path += [f"node-{b.node}/nic-in"] * (f"node-{b.node}/nic-in" in self.links)
+        path += [f"{target}/nic-in"] + [inside_in] * (inside[1] == "pcie")
+        return tuple(path)
 
     def path_bytes_per_s(self, source: str, target: str) -> float:
         """What a transfer gets that is alone on its path. Raises ValueError as `path` does."""
@@ -131,7 +97,8 @@ class Topology:
     def links_of(self, instance_id: str) -> tuple[str, ...]:
         """Names of the links that the instance owns. Raises ValueError for an unknown one."""
         self._placement(instance_id)
-        return tuple(f"{instance_id}/{kind}-{way}" for kind in ("nic", self._inside) for way in ("out", "in"))
+        kinds = "nic", self._rates[instance_id].inside
+        return tuple(f"{instance_id}/{kind}-{way}" for kind in kinds for way in ("out", "in"))
 
     def _placement(self, instance_id: str) -> Placement:
         try:
@@ -150,7 +117,7 @@ class Topology:
         inside = placement.gpus * (rates.nvlink_bytes_per_s or rates.pcie_bytes_per_s)
         for way in ("out", "in"):
             self.links[f"{placement.instance_id}/nic-{way}"] = nic
-            self.links[f"{placement.instance_id}/{self._inside}-{way}"] = inside
+            self.links[f"{placement.instance_id}/{rates.inside}-{way}"] = inside
             if rates.node_nic_bytes_per_s is not None and placement.nodes == 1:
                 self.links[f"node-{placement.node}/nic-{way}"] = rates.node_nic_bytes_per_s
 

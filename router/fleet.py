@@ -7,7 +7,7 @@ reservation, so the least loaded ones are at hand.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -49,6 +49,8 @@ class Fleet(Generic[L]):
         self._order: dict[Role, list[tuple[int, int, str]]] = {role: [] for role in Role}
         self._placed: dict[str, tuple[int, int, str]] = {}
         self._ready: dict[Role, tuple[InstanceView, ...] | None] = dict.fromkeys(Role)
+        # The READY ones by node; as `_ready`, until somebody asks.
+        self._by_node: dict[Role, dict[str, list[InstanceView]]] = {}
         self._bounds: dict[Role, dict[float, int]] = {role: {} for role in Role}
         self._pending = {role: PromptPool() for role in Role}
 
@@ -127,6 +129,14 @@ class Fleet(Generic[L]):
     def by_tokens(self, role: Role) -> Iterator[InstanceView]:
         return (self._members[entry[2]].view for entry in self._order[role])
 
+    def beside(self, instance: InstanceView, role: Role) -> Sequence[InstanceView]:
+        by_node = self._by_node.get(role)
+        if by_node is None:
+            by_node = self._by_node[role] = {}
+            for view in self.of(role):
+                by_node.setdefault(view.info.node, []).append(view)
+        return by_node.get(instance.info.node, ())
+
     def view_of(self, instance_id: str) -> InstanceView | None:
         """What policies see of a member."""
         member = self._members.get(instance_id)
@@ -161,7 +171,7 @@ class Fleet(Generic[L]):
             entry = (self.reservations.tokens(info.instance_id), info.engine_index, info.instance_id)
             insort(self._order[info.role], entry)
             self._placed[info.instance_id] = entry
-            self._ready[info.role] = None
+            self._changed(info.role)
 
     def _unplace(self, instance_id: str) -> None:
         entry = self._placed.pop(instance_id, None)
@@ -169,7 +179,12 @@ class Fleet(Generic[L]):
             role = self._members[instance_id].info.role
             order = self._order[role]
             del order[bisect_left(order, entry)]
-            self._ready[role] = None
+            self._changed(role)
+
+    def _changed(self, role: Role) -> None:
+        """Others are READY."""
+        self._ready[role] = None
+        self._by_node.pop(role, None)
 
     def _move(self, instance_id: str) -> None:
         """Its reservations have changed."""
@@ -205,6 +220,9 @@ class _Without:
             yield from left
             return
         yield from self._view.by_tokens(role)
+
+    def beside(self, instance: InstanceView, role: Role) -> Sequence[InstanceView]:
+        return [v for v in self._view.beside(instance, role) if v.instance_id not in self._out]
 
     def bounds(self, role: Role) -> Mapping[float, int]:
         return self._view.bounds(role)

@@ -9,11 +9,13 @@ SLOs instead of memory), so that requests with loose bounds gather where nobody 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from cluster.instance import Role
 from cluster.request import Handoff, ServeRequest
+from router.choice import INDIFFERENT, Choice, best_of, best_pair, search_near
+from router.links import NETWORK, NODE, NONE, link_between
 from router.pace import chance
 from router.policy import Decision, pool_of
 from router.predictor import Prediction, Predictor
@@ -22,14 +24,6 @@ from router.view import InstanceView, View
 # Of its KV cache, an instance is given no more than this to be used at once: what preemption costs, nobody's
 # slack can pay.
 KV_SHARE = 0.95
-# Differences of expected requests that mean nothing: then the one that is done soonest is taken.
-INDIFFERENT = 0.005
-# What others lose is not known better than that.
-HARM_ERROR = 0.1
-# Instances that are looked at for that; with twice as many, twice the difference is enough to stop.
-PATIENCE = 4
-# Who has less than that where it is best is not looked for a better place: it will be rejected.
-HOPELESS = 0.05
 # A bound that is so many times as long, or short, as an iteration is kept, or missed, whatever its error.
 CLEAR = 0.4
 # Who has less than that in its own pool may have its prompt computed among decodes: what it does to them is
@@ -39,40 +33,6 @@ SURE = 0.5
 TIE_S = 1e-9
 # Of the usual ones that an instance has no more time for, the others find their place elsewhere.
 STAY = 0.25
-
-
-class _Choice(NamedTuple):
-    """An instance for one phase.
-
-    Attributes:
-        own: this request's chance to keep its bound there.
-        harm: others' expected loss, in requests.
-        seconds: predicted TTFT, or TPOT.
-        raw_s: TPOT without the instance's factor.
-        queue_s: until its prompt is begun.
-        work_s: what it adds to the queue, without the instance's factor.
-        cached: tokens of it that need no computing.
-        fits: whether its KV has room there.
-        common: of the harm, what every instance of that load would have, by bound.
-        load_s: of `seconds`, for loading its adapter.
-    """
-
-    instance: InstanceView
-    own: float
-    harm: float
-    seconds: float
-    raw_s: float
-    queue_s: float = 0.0
-    work_s: float = 0.0
-    cached: int = 0
-    fits: bool = True
-    common: tuple[float, ...] = ()
-    load_s: float = 0.0
-
-    def kept(self, weight: float) -> float:
-        """Expected requests that keep their SLO more than without it, for a request that keeps the other
-        bound with the chance `weight`."""
-        return self.own * weight - self.harm
 
 
 class _Usual(NamedTuple):
@@ -100,35 +60,43 @@ class Goodput:
         cached = view.cached(request)
         output = self._predictor.output_tokens(request)
         usual = _usual(view, len(prefill_pool), decode_pool)
-        # Where the first token is prefill's, the second one waits for the hand-over.
-        handoff_s = self._predictor.handoff_s if request.handoff is Handoff.TOKENS else 0.0
         by_batch = sorted(decode_pool, key=self._by_batch)
-        decode = _search_near(
+        # As if it were near; farther ones are weighed when it is known from where.
+        decode = search_near(
             request.adapter,
             by_batch,
-            lambda instance: self._decode(request, instance, output, usual, handoff_s),
+            lambda instance: self._decode(request, instance, output, usual, NODE),
             1.0,
         )
-        prefill = _search_near(
-            request.adapter,
-            self._by_ttft(request, prefill_pool, cached, now_s),
-            lambda instance: self._prefill(request, instance, cached, usual, now_s),
-            decode.own,
-        )
+        by_ttft = self._by_ttft(request, prefill_pool, cached, now_s)
+
+        def weigh_prefill(instance: InstanceView) -> Choice:
+            return self._prefill(request, instance, cached, usual, now_s)
+
+        prefill = search_near(request.adapter, by_ttft, weigh_prefill, decode.own)
         if prefill.own - prefill.harm < SURE:
             # A busy pool's prompts may be computed where there is time for them, among decodes.
-            among = _search_near(
+            among = search_near(
                 request.adapter,
                 by_batch,
                 lambda instance: self._prefill_among(request, instance, output, cached, usual, now_s),
                 decode.own,
             )
-            prefill = _best([prefill, among], decode.own)
+            prefill = best_of([prefill, among], decode.own)
             if prefill.instance.info.role is Role.DECODE:
                 # Then it stays there, unless that costs more than moving its KV.
-                here = self._decode(request, prefill.instance, output, usual, 0.0)
+                here = self._decode(request, prefill.instance, output, usual, NONE)
                 if here.fits and here.kept(prefill.own) >= decode.kept(prefill.own) - INDIFFERENT:
                     decode = here
+        if link_between(prefill.instance, decode.instance) == NETWORK:
+            prefill, decode = best_pair(
+                (prefill, decode),
+                by_ttft,
+                lambda instance: view.beside(instance, Role.DECODE),
+                weigh_prefill,
+                lambda instance, link: self._decode(request, instance, output, usual, link),
+                output,
+            )
         return self._decision(request, prefill, decode, output)
 
     def _by_ttft(
@@ -157,14 +125,14 @@ class Goodput:
         # A pool is in the order of the spec, and a sort keeps the order of equals.
         return sorted(pool, key=ttft_s)
 
-    def _decision(self, request: ServeRequest, prefill: _Choice, decode: _Choice, output: int) -> Decision:
+    def _decision(self, request: ServeRequest, prefill: Choice, decode: Choice, output: int) -> Decision:
         names = prefill.instance.instance_id, decode.instance.instance_id
         # Who wants one token decodes nowhere.
         odds = prefill.own * (decode.own if request.max_tokens > 1 else 1.0)
         return Decision(
             prefill=names[0],
             decode=names[1],
-            link="" if names[0] == names[1] else "nixl",
+            link=link_between(prefill.instance, decode.instance),
             reason=f"TTFT {prefill.seconds * 1e3:.0f} ms on {names[0]}, TPOT {decode.seconds * 1e3:.1f} ms "
             f"on {names[1]}: {odds:.0%} to keep its SLO, {prefill.harm + decode.harm:.2f} others lost",
             candidates=((names[0], prefill.own), (names[1], decode.own)),
@@ -206,7 +174,7 @@ class Goodput:
         cached: Mapping[str, int],
         usual: _Usual,
         now_s: float,
-    ) -> _Choice:
+    ) -> Choice:
         """On an instance that computes prompts only."""
         pace, bound_s, queue = instance.prefill_pace, request.slo.ttft_s, instance.prompts
         found, alone_s, work_s, load_s = self._prompt_s(request, instance, cached)
@@ -228,7 +196,7 @@ class Goodput:
             for other_s, count in usual.ttft
         )
         own = chance(bound_s, seconds, spread)
-        return _Choice(
+        return Choice(
             instance, own, harm + sum(common), seconds, 0.0, queue_s, work_s, found, True, common, load_s
         )
 
@@ -240,7 +208,7 @@ class Goodput:
         cached: Mapping[str, int],
         usual: _Usual,
         now_s: float,
-    ) -> _Choice:
+    ) -> Choice:
         """On an instance that decodes: every decode waits for the prompt once."""
         pace = instance.prefill_pace
         found, alone_s, work_s, load_s = self._prompt_s(request, instance, cached)
@@ -255,11 +223,11 @@ class Goodput:
         after_s = self._tpot_s(instance, output, batch_s, work_s)
         harm, common = _lost(instance, usual.tpot, before_s, after_s)
         fits = instance.has_room(len(request.prompt_token_ids), KV_SHARE)
-        return _Choice(instance, own, harm, seconds, 0.0, queue_s, work_s, found, fits, common, load_s)
+        return Choice(instance, own, harm, seconds, 0.0, queue_s, work_s, found, fits, common, load_s)
 
     def _decode(
-        self, request: ServeRequest, instance: InstanceView, output: int, usual: _Usual, handoff_s: float
-    ) -> _Choice:
+        self, request: ServeRequest, instance: InstanceView, output: int, usual: _Usual, link: str
+    ) -> Choice:
         # The inner loop of a decision: sixteen of them among 32 instances.
         pace, slo_s = instance.decode_pace, request.slo.tpot_s
         prompt = len(request.prompt_token_ids)
@@ -276,11 +244,13 @@ class Goodput:
             # It alone waits for a slot, and its answer is what both are spread over.
             wait_s = load_s + _slot_wait_s(request, instance, output, before_s)
             seconds = self._tpot_s(instance, output, raw_s) + wait_s / max(1, output - 1)
-        if handoff_s > raw_s * pace.factor:  # in place of an iteration
-            seconds += (handoff_s - raw_s * pace.factor) / max(1, output - 1)
+        # Where the first token is prefill's, the second one waits for the hand-over.
+        if request.handoff is Handoff.TOKENS:
+            delay_s = self._predictor.delay_s(link, prompt, raw_s * pace.factor)
+            seconds += delay_s / max(1, output - 1)
         own = chance(slo_s, seconds, pace.spread)
         fits = instance.has_room(prompt + output, KV_SHARE)
-        return _Choice(instance, own, harm, seconds, raw_s, 0.0, 0.0, 0, fits, common, load_s)
+        return Choice(instance, own, harm, seconds, raw_s, 0.0, 0.0, 0, fits, common, load_s)
 
     def _by_batch(self, instance: InstanceView) -> float:
         batch_s = instance.decodes.iteration_s
@@ -322,68 +292,6 @@ def _slot_wait_s(request: ServeRequest, instance: InstanceView, output: int, tok
     if not request.adapter:
         return 0.0
     return instance.adapters.wait_answers(request.adapter) * instance.decodes.usual_output(output) * token_s
-
-
-def _search_near(
-    adapter: str, ordered: Sequence[InstanceView], weigh: Callable[[InstanceView], _Choice], weight: float
-) -> _Choice:
-    """As `_search`, among instances that are as near to the adapter: of those the load alone is the order."""
-    if not adapter:
-        return _search(ordered, weigh, weight)
-    near: dict[tuple[float, bool], list[InstanceView]] = {}
-    for instance in ordered:
-        adapters = instance.adapters
-        near.setdefault((adapters.affinity(adapter), adapters.is_loaded(adapter)), []).append(instance)
-    return _best([_search(group, weigh, weight) for group in near.values()], weight)
-
-
-def _search(
-    ordered: Sequence[InstanceView], weigh: Callable[[InstanceView], _Choice], weight: float
-) -> _Choice:
-    """The best of instances in the order of their load, without a look at those that can't be better.
-
-    This request's chance falls with the load. What it costs the usual ones of a bound rises with the load and
-    falls again, so of those between two instances it is no less than at the one or the other. Both bound what
-    is left, as it is looked for from both ends.
-    """
-    low, high = 0, len(ordered)
-    choices: list[_Choice] = []
-    lightest = heaviest = None
-    most = -math.inf
-    while low < high:
-        if len(choices) % 2:
-            high -= 1
-            heaviest = choice = weigh(ordered[high])
-        else:
-            lightest = choice = weigh(ordered[low])
-            low += 1
-        choices.append(choice)
-        if choice.fits and (kept := choice.own * weight - choice.harm) > most:
-            most = kept
-        if most == -math.inf:
-            continue  # nobody with room yet, however little of its chance is left
-        assert lightest is not None
-        bound = lightest.own * weight
-        if bound < HOPELESS and lightest.fits:
-            break
-        if heaviest is not None:
-            bound -= sum(map(min, lightest.common, heaviest.common))
-        # The longer it is looked for, the less a better one is worth the search.
-        seen = len(choices)
-        slack = INDIFFERENT * (seen / PATIENCE if seen > PATIENCE else 1.0)
-        if most < weight:
-            slack += HARM_ERROR * (weight - most)
-        if most >= bound - slack:
-            break
-    return _best(choices, weight)
-
-
-def _best(choices: Sequence[_Choice], weight: float) -> _Choice:
-    """The one with most expected requests kept; of those that are as good, the soonest."""
-    fitting = [choice for choice in choices if choice.fits] or choices
-    most = max(choice.kept(weight) for choice in fitting)
-    good = [choice for choice in fitting if choice.kept(weight) >= most - INDIFFERENT]
-    return min(good, key=lambda c: (c.seconds, c.instance.info.engine_index))
 
 
 def _lost(

@@ -11,6 +11,7 @@ from typing import Protocol
 from cluster.errors import NoInstance
 from cluster.instance import Role
 from cluster.request import ServeRequest
+from router.links import NONE, link_between
 from router.predictor import Prediction
 from router.view import InstanceView, View
 
@@ -21,7 +22,7 @@ class Decision:
 
     Attributes:
         prefill, decode: instance ids; equal when one instance serves both phases.
-        link: name of the link that its KV takes.
+        link: the way that its KV takes (`router.links`): empty, `node` or `network`.
         reason: one line for people.
         candidates: what was weighed, best first, as (instance id, score).
         predicted: what is expected of it, by policies that predict.
@@ -53,7 +54,7 @@ class LeastTokens:
         return Decision(
             prefill=prefill.instance_id,
             decode=decode.instance_id,
-            link="nixl",
+            link=link_between(prefill, decode),
             reason=f"fewest outstanding tokens: {prefill.outstanding_tokens} on {prefill.instance_id}, "
             f"{decode.outstanding_tokens} on {decode.instance_id}",
             candidates=tuple((v.instance_id, float(v.outstanding_tokens)) for v in (prefill, decode)),
@@ -71,7 +72,7 @@ class Unsplit:
         return Decision(
             prefill=best.instance_id,
             decode=best.instance_id,
-            link="",
+            link=NONE,
             reason=f"fewest outstanding tokens: {best.outstanding_tokens} on {best.instance_id}",
             candidates=((best.instance_id, float(best.outstanding_tokens)),),
         )
@@ -92,7 +93,7 @@ def pair(
     return Decision(
         prefill=prefill.instance_id,
         decode=decode.instance_id,
-        link="nixl",
+        link=link_between(prefill, decode),
         reason=f"{reason}: {prefill.instance_id}, {decode.instance_id}",
         predicted=predicted,
     )

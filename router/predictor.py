@@ -15,6 +15,7 @@ from cluster.instance import Role
 from cluster.latency import Batch, ConstantLatency, LatencyModel
 from cluster.learned_latency import LearnedLatency
 from cluster.request import ServeRequest
+from router.links import NETWORK, HandOvers
 from router.output_lengths import OutputLengths
 from router.view import InstanceView
 
@@ -25,8 +26,6 @@ FULL_BATCH_TOKENS = 2048
 LENGTH_SHARE = 0.5
 # What loading an adapter takes: each that was seen moves the estimate by this part, within this bound.
 LOAD_GAIN, MOST_LOAD_S = 0.2, 60.0
-# What a hand-over takes: the same, and none counts for more than so many times what is usual.
-HANDOFF_GAIN, MOST_HANDOFF = 0.02, 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +76,7 @@ class Predictor:
     Attributes:
         lengths: of the answers that ended.
         load_s: what loading a LoRA adapter takes.
-        handoff_s: from the token of a prefill instance to the first one of the decode instance; 0 until it
-            was seen, and with a model of the times.
+        hand_overs: what they take; told of each that ended.
     """
 
     def __init__(self, latency: Mapping[Role, LatencyModel] | None = None, *, load_s: float = 0.1) -> None:
@@ -92,8 +90,8 @@ class Predictor:
         self._prefill: dict[Role, tuple[int, dict[int, tuple[float, float]]]] = {}
         self.lengths = OutputLengths()
         self.load_s = load_s
-        self.handoff_s = 0.0
-        self._handoffs = 0
+        self.hand_overs = HandOvers()
+        self._learns = isinstance(self._latency.get(Role.DECODE), LearnedLatency)
 
     @classmethod
     def learning(cls, *, load_s: float = 0.1) -> Predictor:
@@ -117,14 +115,12 @@ class Predictor:
         """Loading an adapter took so long."""
         self.load_s += LOAD_GAIN * (min(MOST_LOAD_S, max(0.0, seconds)) - self.load_s)
 
-    def handed_over(self, seconds: float) -> None:
-        """A hand-over took so long. Only one that learns its times takes it in."""
-        if not isinstance(self._latency[Role.DECODE], LearnedLatency):
-            return
-        self._handoffs += 1
-        if self._handoffs > 1:
-            seconds = min(seconds, MOST_HANDOFF * self.handoff_s)
-        self.handoff_s += max(HANDOFF_GAIN, 1 / self._handoffs) * (seconds - self.handoff_s)
+    def delay_s(self, link: str, tokens: int, iteration_s: float) -> float:
+        """By how much a hand-over of so many tokens delays the second one, which would come an iteration
+        after the first. With a model of the times, what its way takes more than the shortest."""
+        if self._learns:
+            return max(0.0, self.hand_overs.seconds(link, tokens) - iteration_s) if link else 0.0
+        return self.hand_overs.more_s(link, tokens) if link == NETWORK else 0.0
 
     def output_tokens(self, request: ServeRequest) -> int:
         """Expected length of its answer."""

@@ -19,6 +19,7 @@ from router.admission import Admission, retry_s
 from router.decisions import Decisions
 from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
+from router.links import link_between
 from router.migrations import Migrations, Rebalance
 from router.policy import Decision, Policy, Unsplit
 from router.predictor import Prediction, Predictor
@@ -342,6 +343,14 @@ class Router:
         message = hop.go_on(handle, asyncio.get_running_loop().time())
         if (member := self.fleet.get(hop.instance_id)) is not None:
             member.link.go_on(message)
+
+    def handed_over(self, hop: Hop, seconds: float) -> None:
+        """A hop that reads from a prefill instance has begun to decode, so long after that one's token."""
+        source = self.fleet.view_of(hop.source.instance_id) if hop.source is not None else None
+        reader = self.fleet.view_of(hop.instance_id)
+        if self.predictor is None or source is None or reader is None:
+            return
+        self.predictor.hand_overs.came(link_between(source, reader), len(hop.prompt_token_ids), seconds)
 
     def decide(
         self, request: ServeRequest, avoid: frozenset[str], refused: frozenset[str] = frozenset()

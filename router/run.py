@@ -316,8 +316,8 @@ class Run:
         self._observe(Stage.TRANSFER, self.timeline.decode_sent_s)
         if hop.source is not None and hop.source.kind is not HopKind.PREFILL:
             self._router.metrics.migration_stall_seconds.observe(self._now() - hop.source.progress_s)
-        elif self._router.predictor is not None:
-            self._router.predictor.handed_over(self._now() - self.timeline.decode_sent_s)
+        else:
+            self._router.handed_over(hop, self._now() - self.timeline.decode_sent_s)
         self.stage = Stage.DECODE
         self._next = ""
         self._account(hop, handle)

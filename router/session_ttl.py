@@ -157,6 +157,9 @@ class WithSession:
     def by_tokens(self, role: Role) -> Iterator[InstanceView]:
         return self._view.by_tokens(role)
 
+    def beside(self, instance: InstanceView, role: Role) -> Sequence[InstanceView]:
+        return self._view.beside(instance, role)
+
     def bounds(self, role: Role) -> Mapping[float, int]:
         return self._view.bounds(role)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -100,6 +100,10 @@ class View(Protocol):
         """Those of a role from the fewest outstanding tokens on; ties in the order of the spec."""
         ...
 
+    def beside(self, instance: InstanceView, role: Role) -> Sequence[InstanceView]:
+        """Those of a role on the node of an instance."""
+        ...
+
     def bounds(self, role: Role) -> Mapping[float, int]:
         """Requests that the instances of a role decode, by their TPOT bound."""
         ...
@@ -135,6 +139,9 @@ class ClusterView:
 
     def by_tokens(self, role: Role) -> Iterator[InstanceView]:
         return iter(sorted(self.of(role), key=lambda v: (v.outstanding_tokens, v.info.engine_index)))
+
+    def beside(self, instance: InstanceView, role: Role) -> Sequence[InstanceView]:
+        return [view for view in self.of(role) if view.info.node == instance.info.node]
 
     def bounds(self, role: Role) -> Mapping[float, int]:
         total: dict[float, int] = {}

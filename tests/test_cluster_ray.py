@@ -40,6 +40,7 @@ def twin_spec(model: Path) -> ClusterSpec:
             "sim": {"step_s": 0.01},
             "prefill": {"count": 2, "cpus": 0.1},
             "decode": {"count": 2, "cpus": 0.1},
+            "colocate": 2,
             "ingress": {"port": PORT, "cpus": 0, "replicas": 2},
             "batch": {"directory": str(model.parent / "batches")},
         }
@@ -261,6 +262,15 @@ async def test_a_batch_that_is_cancelled_stops(url: str, client: Any) -> None:
             batch = await client.batches.retrieve(batch.id)
     assert len(await answers(client, batch.error_file_id)) == 20
     await wait_empty(url)
+
+
+def test_instances_of_both_pools_share_the_group_of_a_node(url: str) -> None:
+    from ray.util import placement_group_table
+
+    groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+    shared = {f"twins:prefill-{n}+decode-{n}" for n in range(2)}
+    assert shared == {group["name"] for group in groups if group["name"].startswith("twins:")}
+    assert all(len(group["bundles"]) == 2 for group in groups if group["name"] in shared)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

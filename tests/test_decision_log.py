@@ -24,7 +24,7 @@ REQUEST = ServeRequest(request_id="r-1", prompt_token_ids=[1, 2, 3], max_tokens=
 DECISION = Decision(
     prefill="prefill-0",
     decode="decode-0",
-    link="nixl",
+    link="network",
     reason="why",
     candidates=(("prefill-0", 1.0), ("decode-0", 2.0)),
 )

@@ -33,7 +33,7 @@ def decision(predicted: Prediction | None = PREDICTED, prefill: str = "prefill-0
     return Decision(
         prefill=prefill,
         decode="decode-1",
-        link="nixl",
+        link="network",
         reason="the soonest",
         candidates=((prefill, 0.97),),
         predicted=predicted,

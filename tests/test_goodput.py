@@ -14,6 +14,7 @@ from cluster.instance import Role
 from cluster.latency import DecodeCost, LatencyProfile, PrefillCost, ProfiledLatency
 from cluster.request import NO_SLO, Handoff, ServeRequest, Slo
 from router.goodput import KV_SHARE, Goodput
+from router.links import NODE
 from router.predictor import Predictor
 from router.view import ClusterView, InstanceView
 from tests.twins import FACTS, info_of
@@ -148,10 +149,11 @@ def test_the_hand_over_belongs_to_the_answer_unless_its_first_token_comes_after_
     output = predictor.output_tokens(asked)
     before = Goodput(predictor).decide(asked, view, 0.0).predicted
     for seconds in (0.2, 0.2, 90.0):  # one that stalled is no rule
-        predictor.handed_over(seconds)
+        predictor.hand_overs.came(NODE, 1000, seconds)
     assert before is not None
-    assert 0.2 < predictor.handoff_s < 0.6
-    extra_s = predictor.handoff_s - before.tpot_s
+    hand_over_s = predictor.hand_overs.seconds(NODE, 1000)
+    assert 0.2 < hand_over_s < 0.6
+    extra_s = hand_over_s - before.tpot_s
     for handoff, more_s in ((Handoff.TOKENS, extra_s), (Handoff.KV_ONLY, 0.0)):
         predicted = Goodput(predictor).decide(replace(asked, handoff=handoff), view, 0.0).predicted
         assert predicted is not None
@@ -160,8 +162,8 @@ def test_the_hand_over_belongs_to_the_answer_unless_its_first_token_comes_after_
 
 def test_a_model_of_the_times_says_what_a_hand_over_takes() -> None:
     predictor = Predictor(dict.fromkeys(Role, LATENCY))
-    predictor.handed_over(0.2)
-    assert predictor.handoff_s == 0.0
+    predictor.hand_overs.came(NODE, 1000, 0.2)
+    assert predictor.delay_s(NODE, 1000, 0.01) == 0.0
 
 
 def test_a_prompt_may_be_computed_on_an_idle_instance_of_the_other_pool() -> None:

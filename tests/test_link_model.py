@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.placement import Placement
 from kv_transfer.link_model import LinkCut, LinkModel
-from kv_transfer.topology import LinkRates, Placement, Topology
+from kv_transfer.topology import LinkRates, Topology
 
 # p0 p1 | p2 d0 | d1 d2: pairs within a node and between nodes, narrow and wide instances, PCIe or NVLink.
 GPUS = {"p0": 1, "p1": 3, "p2": 2, "d0": 1, "d1": 2, "d2": 5}

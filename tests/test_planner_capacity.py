@@ -65,7 +65,7 @@ def test_the_ratio_balances_the_pools() -> None:
         assert one.gpus <= 8
         assert one.prefill_count >= 1
         assert one.decode_count >= 1
-        for other in neighbours(one, 8):
+        for other in neighbours(capacity, one, 8):
             assert capacity.rps(other) <= capacity.rps(one)
 
 
@@ -109,3 +109,36 @@ def test_profiles_are_the_layouts_that_there_are(tmp_path: Path) -> None:
     assert spec_of(goal, both).sim.profile == {Role.PREFILL: files[Layout(4)], Role.DECODE: files[Layout(1)]}
     one = Deployment(prefill=None, prefill_count=0, decode=Layout(4), decode_count=2)
     assert spec_of(goal, one).sim.profile == files[Layout(4)]
+
+
+def test_a_busy_network_puts_both_pools_on_each_node() -> None:
+    """KV of 3,000 tokens is 393 MB: on 2 Gbit/s and GPU that is a second and a half."""
+    chat = "gamma:rate=8,count=400,cv=1,input=3000,output=200"
+    slow = Capacity(goal_of(gpus=16, workload=chat, node_gbps=2.0))
+    fast = Capacity(goal_of(gpus=16, workload=chat))
+    layouts = (Layout(1), Layout(2))
+    assert all(one.colocated for one in splits(slow, layouts, 16) if one.gpus > 8)
+    assert not any(one.colocated for one in splits(fast, layouts, 16))
+    best = splits(slow, layouts, 16)[0]
+    assert slow.network_share(best) > 1 > fast.network_share(best)
+    assert replace(best, colocated=False) in neighbours(slow, best, 16)
+    apart = splits(fast, layouts, 16)[0]
+    assert replace(apart, colocated=True) in neighbours(fast, apart, 16)
+    assert str(best) == f"{replace(best, colocated=False)}, colocated"
+    assert spec_of(goal_of(gpus=16), best).colocate == 8
+
+
+def test_what_is_on_one_node_or_does_not_fit_is_not_colocated() -> None:
+    capacity = Capacity(goal_of(gpus=16, node_gbps=2.0))
+
+    def pools(prefills: int, prefill: int, decodes: int, decode: int) -> Deployment:
+        return Deployment(
+            prefill=Layout(prefill), prefill_count=prefills, decode=Layout(decode), decode_count=decodes
+        )
+
+    assert not capacity.can_colocate(pools(4, 1, 4, 1))
+    assert capacity.can_colocate(pools(8, 1, 2, 4))
+    # A node each, and nobody beside it.
+    assert not capacity.can_colocate(pools(1, 8, 2, 4))
+    unsplit = Deployment(prefill=None, prefill_count=0, decode=Layout(4), decode_count=4)
+    assert not capacity.can_colocate(unsplit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,36 @@ def test_each_instance_and_replica_runs_in_a_pod_of_its_own_group() -> None:
         assert served[name]["resources"] == {f"pdserve_{name}": 1.0}
         assert int(params["num-cpus"]) >= served[name].get("cpus", 1)
     assert service["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_a_pod_for_every_node_where_instances_share_one() -> None:
+    """Two prefill instances of two GPUs and one decode instance of four on each of three nodes."""
+    pools = {"prefill": {"count": 6, "tensor_parallel_size": 2, "cpus": 3}}
+    pools["decode"] = {"count": 3, "tensor_parallel_size": 4, "resources": {"big": 0.5}}
+    service = service_of(spec_of(colocate=8, **pools))
+    assert set(groups_of(service)) == {"ingress", "node"}
+    node = groups_of(service)["node"]
+    assert node["replicas"] == 3
+    assert container_of(node)["resources"]["limits"] == {
+        "cpu": "64",
+        "memory": "512Gi",
+        "nvidia.com/gpu": "8",
+    }
+    assert node["rayStartParams"]["resources"] == (
+        '\'{"pdserve_prefill": 2.0, "big": 0.5, "pdserve_decode": 1.0}\''
+    )
+    assert node["rayStartParams"]["num-cpus"] == "7"
+
+
+def test_nodes_that_are_not_alike_are_no_group_of_pods() -> None:
+    pools = {"prefill": {"count": 3, "tensor_parallel_size": 2}, "decode": {"count": 2}}
+    with pytest.raises(ValueError, match="the nodes are not alike"):
+        service_of(spec_of(colocate=4, **pools))
+    labels = {Role.PREFILL: {"gpu": "h100"}, Role.DECODE: {"gpu": "a100"}}
+    options = replace(OPTIONS, selectors=labels)
+    pools = {"prefill": {"count": 2}, "decode": {"count": 2}}
+    with pytest.raises(ValueError, match="nodes with gpu h100 and a100"):
+        service_of(spec_of(colocate=2, **pools), options)
 
 
 def test_the_spec_arrives_as_it_was_and_listens_to_others() -> None:

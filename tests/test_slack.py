@@ -22,7 +22,7 @@ GOOD = Prediction(
     chance=1.0,
 )  # fmt: skip
 REQUEST = ServeRequest(request_id="r", prompt_token_ids=[1] * 1000, max_tokens=200, fills_slack=True)
-PAIR = Decision(prefill="prefill-0", decode="decode-0", link="nixl", reason="")
+PAIR = Decision(prefill="prefill-0", decode="decode-0", link="network", reason="")
 
 
 def fleet_of(*names: str, load: InstanceLoad | None = None, by_deadline: bool = False) -> Fleet[LastSeen]:

@@ -1,70 +1,19 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.topology import LinkRates, Placement, Topology, exposed_bytes, place
+from cluster.placement import Placement
+from kv_transfer.topology import LinkRates, Topology, exposed_bytes
 
 NVLINK = LinkRates(nic_bytes_per_s=50.0, nvlink_bytes_per_s=450.0)
 
 
 def placed(*where: tuple[str, int, int], nodes: int = 1) -> list[Placement]:
     return [Placement(instance_id=name, node=node, gpus=gpus, nodes=nodes) for name, node, gpus in where]
-
-
-def nodes_of(placements: tuple[Placement, ...]) -> list[tuple[str, int, int]]:
-    return [(p.instance_id, p.node, p.nodes) for p in placements]
-
-
-def test_instances_fill_the_nodes_in_the_order_of_the_spec() -> None:
-    placements = place({"prefill": 3, "decode": 3}, {"prefill": 2, "decode": 4}, 8)
-    assert nodes_of(placements) == [
-        ("prefill-0", 0, 1),
-        ("prefill-1", 0, 1),
-        ("prefill-2", 0, 1),
-        ("decode-0", 1, 1),
-        ("decode-1", 1, 1),
-        ("decode-2", 2, 1),
-    ]
-
-
-def test_a_later_small_instance_takes_the_room_a_larger_one_left() -> None:
-    placements = place({"prefill": 2, "decode": 1}, {"prefill": 6, "decode": 2}, 8)
-    assert nodes_of(placements)[-1] == ("decode-0", 0, 1)
-
-
-def test_an_instance_larger_than_a_node_has_whole_nodes_for_itself() -> None:
-    placements = place({"prefill": 1, "decode": 1, "spare": 1}, {"prefill": 4, "decode": 20, "spare": 4}, 8)
-    assert nodes_of(placements) == [("prefill-0", 0, 1), ("decode-0", 1, 3), ("spare-0", 0, 1)]
-
-
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=4), st.integers(1, 8))
-def test_no_node_holds_more_than_it_has_and_a_topology_takes_every_placement(
-    pools: list[tuple[int, int]], gpus_per_node: int
-) -> None:
-    counts = {f"pool{i}": count for i, (count, _) in enumerate(pools)}
-    placements = place(counts, {f"pool{i}": gpus for i, (_, gpus) in enumerate(pools)}, gpus_per_node)
-    assert len(placements) == sum(counts.values())
-    held: Counter[int] = Counter()
-    for p in placements:
-        assert p.nodes == math.ceil(p.gpus / gpus_per_node)
-        for node in range(p.node, p.node + p.nodes):
-            held[node] += p.gpus if p.nodes == 1 else gpus_per_node
-    assert all(gpus <= gpus_per_node for gpus in held.values())
-    assert sorted(held) == list(range(len(held)))
-    Topology(placements, NVLINK)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "per_node", "says"), [({"a": 1}, 0, "gpus_per_node"), ({}, 8, "of a"), ({"a": 0}, 8, "of a")]
-)
-def test_a_size_that_is_none_is_refused(gpus: dict[str, int], per_node: int, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        place({"a": 1}, gpus, per_node)
 
 
 def test_within_a_node_nvlink_between_nodes_the_nic() -> None:
@@ -84,6 +33,15 @@ def test_without_nvlink_pcie_carries_both() -> None:
     assert topology.path("p", "e") == ("p/pcie-out", "p/nic-out", "e/nic-in", "e/pcie-in")
     assert topology.path_bytes_per_s("p", "e") == 32
     assert topology.links_of("p") == ("p/nic-out", "p/nic-in", "p/pcie-out", "p/pcie-in")
+
+
+def test_each_instance_has_the_links_of_its_own_gpus() -> None:
+    rates = {"p": NVLINK, "d": LinkRates(nic_bytes_per_s=12.5, pcie_bytes_per_s=32.0)}
+    topology = Topology(placed(("p", 0, 2), ("d", 1, 4)), rates)
+    assert topology.path("p", "d") == ("p/nic-out", "d/nic-in", "d/pcie-in")
+    assert topology.path("d", "p") == ("d/pcie-out", "d/nic-out", "p/nic-in")
+    assert topology.path_bytes_per_s("p", "d") == 4 * 12.5
+    assert topology.links_of("d") == ("d/nic-out", "d/nic-in", "d/pcie-out", "d/pcie-in")
 
 
 def test_a_nodes_cap_holds_for_all_its_instances_together() -> None:

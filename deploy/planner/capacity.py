@@ -15,6 +15,7 @@ from statistics import fmean
 
 from cluster.instance import Role
 from cluster.latency import Batch, LatencyModel
+from cluster.placement import place
 from cluster.request import Slo
 from cluster.sim_options import DEFAULT_KV_TOKENS, GPU_MEMORY_UTILIZATION, kv_memory_bytes
 from deploy.planner.deployment import Deployment, Layout
@@ -25,6 +26,8 @@ from router.predictor import Predictor
 
 # Requests that stand for the workload in sums.
 SAMPLE = 512
+# From where on transfers wait for each other: then instances of both pools are put on each node.
+BUSY_NETWORK = 0.25
 # vLLM 0.32's default on large GPUs (`max_num_seqs`).
 MOST_DECODES = 1024
 
@@ -112,6 +115,36 @@ class Capacity:
             return deployment.decode_count / both_s
         prefill = self.prefill_rps(deployment.prefill)
         return min(deployment.prefill_count * prefill, deployment.decode_count * decode)
+
+    def network_share(self, deployment: Deployment) -> float:
+        """Of what the NICs of the smaller pool carry, the part that KV takes at `rps` where all of it moves
+        between nodes; 0 where nothing is known of the network."""
+        goal = self._goal
+        if goal.shape is None or goal.hardware is None or deployment.prefill is None:
+            return 0.0
+        nic = goal.node_gbps * 1e9 / 8 if goal.node_gbps else goal.hardware.nic_bytes_per_s
+        kv_bytes = goal.shape.kv_bytes_per_token * fmean(r.input_tokens for r in self._sample.requests)
+        return self.rps(deployment) * kv_bytes / (nic * min(deployment.prefill_gpus, deployment.decode_gpus))
+
+    def can_colocate(self, deployment: Deployment) -> bool:
+        """Whether there are several nodes, enough of them, and one of them has instances of both pools."""
+        goal, per_node = self._goal, self._goal.gpus_per_node
+        if goal.hardware is None or deployment.prefill is None or deployment.gpus <= per_node:
+            return False
+        if max(deployment.prefill.gpus, deployment.decode.gpus) > per_node:
+            return False
+        counts = {"prefill": deployment.prefill_count, "decode": deployment.decode_count}
+        ranks = {"prefill": deployment.prefill.gpus, "decode": deployment.decode.gpus}
+        placed = place(counts, ranks, per_node, mixed=True)
+        nodes = {role: {one.node for one in placed if one.instance_id.startswith(role)} for role in counts}
+        enough = len(nodes["prefill"] | nodes["decode"]) <= -(-goal.gpus // per_node)
+        return enough and bool(nodes["prefill"] & nodes["decode"])
+
+    def placed(self, deployment: Deployment) -> Deployment:
+        """Colocated where the network would be busy with KV otherwise."""
+        if self.network_share(deployment) > BUSY_NETWORK and self.can_colocate(deployment):
+            return replace(deployment, colocated=True)
+        return deployment
 
     def most_rps(self, deployment: Deployment) -> float:
         """Where decode instances compute prompts too, as the router lets them while they have time."""
@@ -202,7 +235,7 @@ def splits(
                 )
                 options += list(islice(filter(allowed, sizes), 1))
             if options:
-                found.append(max(options, key=capacity.rps))
+                found.append(capacity.placed(max(options, key=capacity.rps)))
     return sorted(found, key=lambda one: (-capacity.rps(one) / one.gpus, one.gpus, str(one)))
 
 
@@ -220,8 +253,10 @@ def unsplits(
     return sorted(found, key=lambda one: (-capacity.rps(one) / one.gpus, one.gpus, str(one)))
 
 
-def neighbours(deployment: Deployment, gpus: int, allowed: Allowed = _any) -> list[Deployment]:
-    """With an instance or two more or less of a phase, as far as the GPUs go."""
+def neighbours(
+    capacity: Capacity, deployment: Deployment, gpus: int, allowed: Allowed = _any
+) -> list[Deployment]:
+    """With an instance or two more or less of a phase, as far as the GPUs go, and placed the other way."""
     if deployment.prefill is None:
         return []
     found: list[Deployment] = []
@@ -232,5 +267,9 @@ def neighbours(deployment: Deployment, gpus: int, allowed: Allowed = _any) -> li
             for decodes in range(most, 0, -1)
         )
         found += islice(filter(allowed, sizes), 1)
+    if deployment.colocated:
+        found = [one if capacity.can_colocate(one) else replace(one, colocated=False) for one in found]
+    if deployment.colocated or capacity.can_colocate(deployment):
+        found.append(replace(deployment, colocated=not deployment.colocated))
     found = [one for one in found if one != deployment]
     return sorted(found, key=lambda one: (abs(one.prefill_count - deployment.prefill_count), str(one)))

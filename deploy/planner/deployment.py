@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -26,12 +26,15 @@ class Deployment:
 
     Attributes:
         prefill: None without the split; `prefill_count` is 0 then.
+        colocated: whether nodes have instances of both pools, so that KV moves within a node: DistServe's
+            placement for low node affinity.
     """
 
     prefill: Layout | None
     prefill_count: int
     decode: Layout
     decode_count: int
+    colocated: bool = False
 
     @property
     def is_split(self) -> bool:
@@ -51,14 +54,14 @@ class Deployment:
 
     def times(self, factor: int) -> Deployment:
         """So many of it side by side."""
-        return Deployment(
-            prefill=self.prefill,
+        return replace(
+            self,
             prefill_count=self.prefill_count * factor,
-            decode=self.decode,
             decode_count=self.decode_count * factor,
         )
 
     def __str__(self) -> str:
         if self.prefill is None:
             return f"{self.decode_count} x {self.decode} unsplit"
-        return f"{self.prefill_count} x {self.prefill} prefill + {self.decode_count} x {self.decode} decode"
+        pools = f"{self.prefill_count} x {self.prefill} prefill + {self.decode_count} x {self.decode} decode"
+        return f"{pools}, colocated" if self.colocated else pools

@@ -1,9 +1,9 @@
 """The search: order candidates by what they could do at most, then let the simulator decide.
 
 A candidate is tried at the best rate per GPU that was found so far: most lose by that one run. Those that
-hold it are followed upwards. They are tried in rounds of equal size whatever the number of cores, so that the
-plan does not depend on it. The placements are DistServe's (OSDI'24, algorithm 1), with the pools' ratio in
-closed form as the start (P/D-Serve), and no candidate is judged by a formula alone.
+hold it are followed upwards. They are tried in rounds of equal size whatever the number of cores, so that
+the plan does not depend on it. The placements are DistServe's (OSDI'24, algorithms 1 and 2), with the pools'
+ratio in closed form as the start (P/D-Serve), and no candidate is judged by a formula alone.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _planned(goal: Goal, workers: Workers, say: Say) -> Plan:
         if split.best is None:
             break
         known = len(split.found) + len(split.lost)
-        split.run(neighbours(split.best.deployment, part, allowed))
+        split.run(neighbours(capacity, split.best.deployment, part, allowed))
         if known == len(split.found) + len(split.lost):
             break
     unsplit = _Race(goal, capacity, workers, say)

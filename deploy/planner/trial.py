@@ -110,6 +110,8 @@ def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
     }
     if not deployment.is_split:
         raw["policy"] = UNSPLIT
+    if deployment.colocated:
+        raw["colocate"] = goal.gpus_per_node
     if any(layout and layout.pipeline > 1 for layout in (deployment.prefill, deployment.decode)):
         raw["engine"] = "sim"
     return raw

@@ -1,4 +1,5 @@
-"""A spec as a RayService of KubeRay: one worker group per role, one pod per instance.
+"""A spec as a RayService of KubeRay: one worker group per role, one pod per instance; or with `colocate` one
+group whose pods are nodes.
 
 The fields are those of `ray.io/v1` (KubeRay 1.4 and later). What follows from how KubeRay works:
 
@@ -14,12 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.instance import Role
+from cluster.placement import sharing
 from cluster.spec import ClusterSpec
 from deploy.render.serve_config import ENVIRONMENT, raw, serve_config
 from deploy.render.text import to_yaml
@@ -62,7 +65,7 @@ class KubeRayOptions:
 def manifests(spec: ClusterSpec, options: KubeRayOptions) -> list[dict[str, Any]]:
     """What `kubectl apply` takes: the RayService, and before it a ConfigMap where the spec names profiles.
 
-    Raises ValueError for a profile that can't be read.
+    Raises ValueError for a profile that can't be read, and for a placement that groups of pods can't have.
     """
     profiles = _profiles(spec)
     shown = _served(spec, profiles)
@@ -81,10 +84,7 @@ def manifests(spec: ClusterSpec, options: KubeRayOptions) -> list[dict[str, Any]
     service = {
         "rayVersion": options.ray_version,
         "headGroupSpec": pods.head(),
-        "workerGroupSpecs": [
-            pods.ingress(),
-            *(pods.engines(role) for role in Role if shown.pool(role).count),
-        ],
+        "workerGroupSpecs": [pods.ingress(), *pods.engines()],
     }
     made.append(
         {
@@ -131,28 +131,60 @@ class _Pods:
         pod = self._pod("ray-worker", resources, ports={SERVE_PORT_NAME: ingress.port})
         return self._group("ingress", ingress.replicas, start, pod)
 
-    def engines(self, role: Role) -> dict[str, Any]:
-        """A pod for each instance."""
-        pool, options = self._spec.pool(role), self._options
-        ranks = pool.ranks
-        resources = {
-            "cpu": str(max(math.ceil(pool.cpus), options.cpus_per_gpu * ranks)),
-            "memory": f"{options.memory_gib_per_gpu * ranks}Gi",
-        }
+    def engines(self) -> list[dict[str, Any]]:
+        """A pod for each instance, or for each node with instances of both pools."""
+        spec = self._spec
+        if spec.colocate is None:
+            counts = {role: spec.pool(role).count for role in Role}
+            return [self._engines(str(role), {role: 1}, count) for role, count in counts.items() if count]
+        roles = dict(spec.places())
+        nodes = Counter(
+            tuple(sum(roles[one] is role for one in node) for role in Role) for node in sharing(spec)
+        )
+        if len(nodes) > 1:
+            had = ", ".join(f"{count} with {p}P + {d}D" for (p, d), count in nodes.items())
+            raise ValueError(
+                f"colocate: the nodes are not alike ({had}), and pods of a group are: choose counts of which "
+                "each node has the same"
+            )
+        ((composition, count),) = nodes.items()
+        return [self._engines("node", dict(zip(Role, composition, strict=True)), count)]
+
+    def _engines(self, name: str, instances: Mapping[Role, int], count: int) -> dict[str, Any]:
+        """A group of pods with so many instances of each role."""
+        options = self._options
+        pools = [(self._spec.pool(role), many) for role, many in instances.items() if many]
+        ranks = sum(pool.ranks * many for pool, many in pools)
+        cpus = sum(
+            max(math.ceil(pool.cpus), options.cpus_per_gpu * pool.ranks) * many for pool, many in pools
+        )
+        resources = {"cpu": str(cpus), "memory": f"{options.memory_gib_per_gpu * ranks}Gi"}
         has_gpus = self._spec.device == "gpu" and self._spec.engine == "vllm"
         if has_gpus:
             resources["nvidia.com/gpu"] = str(ranks)
         if options.rdma:
             resources[options.rdma] = str(ranks)
-        start = _start(pool.cpus, pool.resources)
+        pinned: Counter[str] = Counter()
+        for pool, many in pools:
+            pinned.update({key: value * many for key, value in pool.resources.items()})
+        start = _start(sum(pool.cpus * many for pool, many in pools), pinned)
         pod = self._pod("ray-worker", resources)
         body = pod["spec"]
-        body["nodeSelector"] = dict(options.selectors.get(role, {}))
+        body["nodeSelector"] = self._selector([role for role, many in instances.items() if many])
         if has_gpus:
             body["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         if options.rdma:  # registered memory is locked memory
             body["containers"][0]["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
-        return self._group(str(role), pool.count, start, pod)
+        return self._group(name, count, start, pod)
+
+    def _selector(self, roles: Sequence[Role]) -> dict[str, str]:
+        """Labels of a node for these. Raises ValueError where they want different ones."""
+        found: dict[str, str] = {}
+        for role in roles:
+            for key, value in self._options.selectors.get(role, {}).items():
+                if found.setdefault(key, value) != value:
+                    raise ValueError(f"colocate: the pools want nodes with {key} {found[key]} and {value}")
+        return found
 
     def _group(self, name: str, count: int, start: dict[str, str], pod: dict[str, Any]) -> dict[str, Any]:
         return {

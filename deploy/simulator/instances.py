@@ -130,7 +130,8 @@ class SimLife:
         self.record.lives.append(self.engine.counters)
         self._serving = asyncio.create_task(self._serve(), name=f"serve-{self._instance_id}")
         self._cluster.lives[self._instance_id] = self
-        return Ready(address="virtual", node="virtual", pid=0, facts=self.engine.facts())
+        node = self._cluster.network.node_of(self._instance_id)
+        return Ready(address="virtual", node=node, pid=0, facts=self.engine.facts())
 
     async def ended(self) -> str:
         await self._ended.wait()

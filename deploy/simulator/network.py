@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.errors import SpecError
-from cluster.hardware import Hardware, hardware_named
 from cluster.instance import Role
+from cluster.placement import placements_of
 from cluster.sim_engine import KvGone, SimEngine
 from cluster.spec import ClusterSpec
 from kv_transfer.link_model import LinkCut, LinkModel
-from kv_transfer.topology import LinkRates, Topology, exposed_bytes, place
+from kv_transfer.topology import LinkRates, Topology, exposed_bytes
 
 _BYTES_PER_S_OF_GBPS = 1e9 / 8
-DEFAULT_GPUS_PER_NODE = 8
 # Where nothing says what the links are: fast enough to be no matter.
 _UNKNOWN_RATE_BYTES_PER_S = 1e15
 
@@ -24,18 +23,14 @@ class SimNetwork:
     """All transfers of a simulated cluster."""
 
     def __init__(self, spec: ClusterSpec) -> None:
-        network = spec.sim.network
-        hardware = hardware_named(spec.sim.hardware) if spec.sim.hardware else None
-        topology = Topology(
-            place(
-                {role: spec.pool(role).count for role in Role},
-                {role: spec.pool(role).ranks for role in Role},
-                network.gpus_per_node or (hardware.gpus_per_node if hardware else DEFAULT_GPUS_PER_NODE),
-            ),
-            _rates(spec, hardware),
-        )
+        placements = placements_of(spec)
+        rates = {role: _rates(spec, role) for role in Role}
+        roles = dict(spec.places())
+        topology = Topology(placements, {instance_id: rates[role] for instance_id, role in roles.items()})
+        self._nodes = {one.instance_id: f"node-{one.node}" for one in placements}
         self._topology = topology
-        self._links = LinkModel(topology, latency_s=network.latency_s if hardware else 0.0)
+        latency_s = spec.sim.network.latency_s if spec.sim.hardware else 0.0
+        self._links = LinkModel(topology, latency_s=latency_s)
         self._overlap = spec.transfer.overlap
         self._sources: dict[str, tuple[str, SimEngine]] = {}
         self._moving: dict[str, asyncio.Future[None]] = {}
@@ -44,6 +39,10 @@ class SimNetwork:
         self._count = 0
         self.bytes_moved = 0
         self.tokens_moved = 0
+
+    def node_of(self, instance_id: str) -> str:
+        """The node that an instance is on."""
+        return self._nodes[instance_id]
 
     def join(self, instance_id: str, incarnation: str, engine: SimEngine) -> None:
         """A life's KV can be read."""
@@ -176,8 +175,8 @@ class _Exchange:
         source.release([request_id])
 
 
-def _rates(spec: ClusterSpec, hardware: Hardware | None) -> LinkRates:
-    network = spec.sim.network
+def _rates(spec: ClusterSpec, role: Role) -> LinkRates:
+    network, hardware = spec.sim.network, spec.sim.hardware_of(role)
     nic = network.nic_gbps * _BYTES_PER_S_OF_GBPS if network.nic_gbps else None
     nvlink = network.nvlink_gbps * _BYTES_PER_S_OF_GBPS if network.nvlink_gbps is not None else None
     unknown = _UNKNOWN_RATE_BYTES_PER_S

@@ -200,10 +200,11 @@ class ClusterSpec(Frozen):
                 raise ValueError(f"{role}.count is 0, and policy {self.policy!r} needs an instance there")
             if self.engine_process == "thread" and pool.ranks > 1:
                 raise ValueError(f"engine_process 'thread' runs one rank; {role} has {pool.ranks}: use 'own'")
-            if pool.pipeline_parallel_size > 1 and self.engine == "vllm":
+            if pool.pipeline_parallel_size > 1 and self.engine == "vllm" and self._reads_kv(role):
                 raise ValueError(
-                    f"{role}.pipeline_parallel_size is {pool.pipeline_parallel_size}: KV can't be read from "
-                    "pipeline stages yet; use tensor_parallel_size (the twin, engine: sim, has stages)"
+                    f"{role}.pipeline_parallel_size is {pool.pipeline_parallel_size}: KV can be read from "
+                    "pipeline stages, but not into them; use tensor_parallel_size (the twin, engine: sim, "
+                    "has stages)"
                 )
             if self.colocate is not None and pool.ranks > self.colocate:
                 raise ValueError(
@@ -223,6 +224,10 @@ class ClusterSpec(Frozen):
                 "lora.runtime_updates with several ingress replicas: one would not know what another was told"
             )
         return self
+
+    def _reads_kv(self, role: Role) -> bool:
+        """Whether instances of a role may be sent the KV of others."""
+        return role is Role.DECODE or self.policy in (UNSPLIT, "splitwise_jsq")
 
     @property
     def api_model_name(self) -> str:

@@ -21,6 +21,7 @@ _HOME = {
     "Scheduler": "vllm.v1.core.sched.scheduler",
     "AsyncEngineArgs": "vllm.engine.arg_utils",
     "EngineCore": "vllm.v1.engine.core",
+    "GPUModelRunner": "vllm.v1.worker.gpu_model_runner",
     "PunicaWrapperCPU": "vllm.lora.punica_wrapper.punica_cpu",
     "bgmv_shrink": "vllm.lora.ops.torch_ops.lora_ops",
     "EngineCoreProc": "vllm.v1.engine.core",

@@ -8,11 +8,13 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
 - blocks that nobody will read are released at once, by id, instead of when their lease ends;
 - a prompt of several chunks is read while it is still computed (`telling_vllm`, `following_vllm`);
 - a request that decodes ends at its next token when it is told to, and its blocks wait for another engine;
+- the pipeline stages of a source are read from as one (`staged_agent`, `stages_vllm`);
 - KV may move over another transport than NIXL (`agent_zmq`);
 - the progress thread of NIXL sleeps between polls (`nixl_progress`);
 - on CPUs the thread that computes the model stays where it was, and is not bound to the machine's last core;
 - the engine's processes end with the process that started them (`orphan`);
-- on CPUs a request without a LoRA adapter is computed without one (`cluster.vllm_cpu_lora`).
+- on CPUs a request without a LoRA adapter is computed without one (`cluster.vllm_cpu_lora`), and pipeline
+  stages have a buffer between them (`cluster.vllm_cpu_stages`).
 """
 
 from __future__ import annotations
@@ -28,12 +30,15 @@ from cluster.errors import EnvironmentProblem
 from cluster.handle import keep_for_reader
 from cluster.spec import TransportName
 from cluster.vllm_cpu_lora import skip_tokens_without_adapter
+from cluster.vllm_cpu_stages import make_buffers_between_stages
 from cluster.vllm_options import NEWS_ADDRESS
 from cluster.wire import GO_ON_PARAM, HAND_OVER_PARAM, RELEASE_PARAM
 from kv_transfer.agent_zmq import ReadAgent
 from kv_transfer.following_vllm import LIFE_PARAM, EarlyReads, Following, Heard
 from kv_transfer.nixl_progress import calm_progress_thread
 from kv_transfer.orphan import end_with_parent
+from kv_transfer.staged_agent import StagedAgent
+from kv_transfer.stages_vllm import Gathering
 from kv_transfer.stats_vllm import PdPromMetrics, PdStats
 from kv_transfer.telling_vllm import StepDone, Telling
 from kv_transfer.transports import make_transport
@@ -194,6 +199,8 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         # On CPUs vLLM binds this thread to the machine's last core, for the transfers; but it computes the
         # model as well, and every engine's would be on that core.
         os.sched_setaffinity(0, cores)
+        self.nixl_wrapper: Any = StagedAgent(self.nixl_wrapper)
+        self._gathering: dict[str, Gathering] = {}
         self._done_without_reader: set[str] = set()
         self.xfer_stats = PdStats()
         self._kept_since: dict[str, float] = {}
@@ -238,9 +245,28 @@ class PdWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         with self._timed("bootstrap"):
             super().register_kv_caches(kv_caches)
 
-    def _nixl_handshake(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timed("handshake"):
-            return super()._nixl_handshake(*args, **kwargs)
+    def _nixl_handshake(
+        self, host: str, port: int, tp_size: int, engine_id: str, dcp_size: int, pp_size: int, *args: Any
+    ) -> tuple[dict[tuple[int, int], str], float]:
+        if pp_size > 1:
+            self._gathering[engine_id] = Gathering(pp_size)
+        try:
+            with self._timed("handshake"):
+                agents, offset_s = super()._nixl_handshake(
+                    host, port, tp_size, engine_id, dcp_size, pp_size, *args
+                )
+        finally:
+            self._gathering.pop(engine_id, None)
+        # Of the stages of a rank only the last one has given a name, which is of them all.
+        return {(0, rank): name for (_, rank), name in agents.items() if name}, offset_s
+
+    def add_remote_agent(self, description: Any, rank: int = 0, *args: Any) -> str:
+        if (gathering := self._gathering.get(description.engine_id)) is not None:
+            if (whole := gathering.add(rank, description)) is None:
+                return ""
+            description = whole
+        name: str = super().add_remote_agent(description, rank, *args)
+        return name
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -281,8 +307,10 @@ class PdConnector(NixlPullConnector):  # type: ignore[misc]
             self.connector_scheduler = PdScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
             calm_progress_thread()
-            if vllm_config.lora_config is not None and vllm_config.device_config.device_type == "cpu":
-                skip_tokens_without_adapter()
+            if vllm_config.device_config.device_type == "cpu":
+                make_buffers_between_stages()
+                if vllm_config.lora_config is not None:
+                    skip_tokens_without_adapter()
             self.connector_worker = PdWorker(vllm_config, self.engine_id, kv_cache_config)
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:

@@ -29,7 +29,12 @@ def test_the_specs_we_ship_are_valid(path: Path) -> None:
         ({"model": "m", "device": "tpu"}, "device", "'gpu' or 'cpu'"),
         ({"model": "m", "engine_process": "thread", "decode": {"tensor_parallel_size": 2}}, "", "use 'own'"),
         ({"model": "m", "engine_options": {"model": "x"}}, "", "use the top-level 'model'"),
-        ({"model": "m", "prefill": {"pipeline_parallel_size": 2}}, "", "use tensor_parallel_size"),
+        ({"model": "m", "decode": {"pipeline_parallel_size": 2}}, "", "use tensor_parallel_size"),
+        (
+            {"model": "m", "policy": "unsplit", "prefill": {"pipeline_parallel_size": 2}},
+            "",
+            "use tensor_parallel_size",
+        ),
         ({"model": "m", "decode": {"engine_options": {"enable_lora": True}}}, "", "both pools need it"),
         (
             {"model": "m", "lora": {"adapters": {"sql": "/a"}}},

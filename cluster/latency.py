@@ -152,7 +152,7 @@ class LatencyProfile(Frozen):
         handoff_token_s: and for each prompt token, with its bytes; for clusters whose network is not known.
         handoff_beside_s: the former while both phases compute, where it is longer then.
         handoff_each_s: by how much each further one at the same time is later than the one before.
-        prefill_contention: how many times as long an iteration takes while the other phase computes too;
+        prefill_contention: how many times as long an iteration takes while another instance computes too;
             above 1 where both share a machine's cores or its memory's bandwidth.
         decode_contention: the same by the requests that decode; none is 1.
     """

@@ -264,6 +264,17 @@ def test_phases_that_share_cores_slow_each_other_while_both_compute(tmp_path: Pa
     assert first.end_s == pytest.approx(0.40 + 8.75 * 0.02)
 
 
+def test_instances_without_the_split_slow_each_other_too(tmp_path: Path) -> None:
+    profile = profile_file(tmp_path, prefill_contention=1.5, decode_contention=((1, 2.0),))
+    spec = spec_of(sim={"profile": profile, "max_model_len": 512}, policy="unsplit")
+    asked = [WorkloadRequest(arrival_s=0.0, input_tokens=64, output_tokens=count) for count in (21, 11)]
+    long, short = Simulation(spec, asked).run().requests
+    # Prompts of 0.1 s at once, on two instances, and then ten tokens each.
+    assert long.ttft_s == short.ttft_s == pytest.approx(0.15)
+    assert short.end_s == pytest.approx(0.15 + 10 * 0.04)
+    assert long.end_s == pytest.approx(0.55 + 10 * 0.02)
+
+
 def test_a_batch_that_is_slowed_less_takes_less_longer(tmp_path: Path) -> None:
     profile = profile_file(tmp_path, decode_contention=((1, 2.0), (2, 1.5)))
     spec = spec_of(sim={"profile": profile, "max_model_len": 512})

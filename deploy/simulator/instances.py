@@ -93,7 +93,7 @@ class SimLife:
             cluster.spec.model,
             exchange=exchange,
             watcher=watcher,
-            on_busy=cluster.on_busy(info.role),
+            on_busy=cluster.on_busy(info),
             quiet_s=QUIET_S,
             tells_blocks=cluster.router.wants_blocks,
             **_PARTS[info.role](cluster.spec, options.latency),
@@ -268,17 +268,16 @@ def _profile(options: TwinOptions) -> LatencyProfile | None:
 
 
 def _contention(record: Record) -> Levels:
-    """How many times as long an iteration takes there while the other phase computes; empty for as long."""
+    """How many times as long an iteration takes there while another instance computes, by the requests that
+    decode in it; empty for as long."""
     profile = _profile(record.options)
-    if profile is None:
+    if profile is None or not (profile.prefill_contention > 1 or profile.decode_contention):
         return ()
-    if record.role is Role.DECODE:
-        return profile.decode_contention
-    return ((0, profile.prefill_contention),) if profile.prefill_contention > 1 else ()
+    return ((0, profile.prefill_contention), *profile.decode_contention)
 
 
 def _shares(record: Record) -> bool:
-    """Whether it matters there what the other phase does."""
+    """Whether it matters there what other instances do."""
     profile = _profile(record.options)
     return bool(_contention(record) or (profile is not None and profile.handoff_beside_s))
 
@@ -325,7 +324,8 @@ class SimInstances:
         self.lives: dict[str, SimLife] = {}
         self.block_hashes: dict[str, list[int]] = {}
         self._front_free_s = 0.0
-        self._busy = dict.fromkeys(Role, 0)
+        # Instances that compute.
+        self._busy: dict[Role, set[str]] = {role: set() for role in Role}
         of_role = {
             Role.PREFILL: twin_options(spec, Role.PREFILL, prefill_options(spec)),
             Role.DECODE: twin_options(spec, Role.DECODE, decode_options(spec)),
@@ -335,16 +335,18 @@ class SimInstances:
             instance_id: Record(instance_id, role, of_role[role], []) for instance_id, role in spec.places()
         }
 
-    def on_busy(self, role: Role) -> Callable[[bool], None] | None:
-        """What an engine of that role shall tell: where the phases share cores, one slows the other."""
+    def on_busy(self, info: InstanceInfo) -> Callable[[bool], None] | None:
+        """What an engine shall tell: where instances share cores, one slows the other."""
         if not any(map(_shares, self.records.values())):
             return None
+        busy = self._busy[info.role]
 
-        def told(busy: bool) -> None:
-            self._busy[role] += 1 if busy else -1
-            for life in self.lives.values():
-                if life.record.role is not role:
-                    life.engine.set_contention(_contention(life.record) if self._busy[role] else ())
+        def told(is_busy: bool) -> None:
+            (busy.add if is_busy else busy.discard)(info.instance_id)
+            computing = [*self._busy[Role.PREFILL], *self._busy[Role.DECODE]]
+            for instance_id, life in self.lives.items():
+                others = len(computing) - (instance_id in computing)
+                life.engine.set_contention(_contention(life.record) if others else ())
 
         return told
 

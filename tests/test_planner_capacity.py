@@ -11,6 +11,7 @@ from cluster.instance import Role
 from cluster.request import Slo
 from deploy.planner.capacity import Capacity, neighbours, splits, unsplits
 from deploy.planner.deployment import Deployment, Layout
+from deploy.planner.fleet import Fleet
 from deploy.planner.goal import Infeasible
 from deploy.planner.trial import spec_of
 from tests.plans import goal_of
@@ -60,31 +61,31 @@ def test_more_ranks_do_more_and_less_each() -> None:
 def test_the_ratio_balances_the_pools() -> None:
     goal = goal_of(gpus=8)
     capacity = Capacity(goal)
-    for one in splits(capacity, capacity.layouts(), 8):
+    for one in splits(capacity, capacity.layouts(), Fleet({"": 8})):
         assert one.prefill is not None
         assert one.gpus <= 8
         assert one.prefill_count >= 1
         assert one.decode_count >= 1
-        for other in neighbours(capacity, one, 8):
+        for other in neighbours(capacity, one, Fleet({"": 8})):
             assert capacity.rps(other) <= capacity.rps(one)
 
 
 def test_decode_instances_that_have_time_compute_prompts_too() -> None:
     """Answers of 8 tokens leave nearly all of it: then a pair does what two prefill instances do."""
     capacity = Capacity(goal_of(gpus=2))
-    (pair,) = splits(capacity, (Layout(1),), 2)
+    (pair,) = splits(capacity, (Layout(1),), Fleet({"": 2}))
     prompts = capacity.prefill_rps(Layout(1))
     assert capacity.rps(pair) == pytest.approx(prompts)
     assert 1.9 * prompts < capacity.most_rps(pair) < 2 * prompts
     # Where the answers are long, they are all that decode instances do.
     answers = Capacity(goal_of(gpus=2, workload="fixed:rate=8,count=40,input=20,output=2000"))
-    (pair,) = splits(answers, (Layout(1),), 2)
+    (pair,) = splits(answers, (Layout(1),), Fleet({"": 2}))
     assert answers.most_rps(pair) == answers.rps(pair) == answers.decode_rps(Layout(1))
 
 
 def test_unsplit_candidates_need_room_for_one_instance() -> None:
     capacity = Capacity(goal_of(gpus=4))
-    assert [one.gpus for one in unsplits(capacity, (Layout(2), Layout(8)), 4)] == [4]
+    assert [one.gpus for one in unsplits(capacity, (Layout(2), Layout(8)), Fleet({"": 4}))] == [4]
 
 
 def test_what_computes_longest_prompts_waits_for_nobody() -> None:
@@ -117,13 +118,13 @@ def test_a_busy_network_puts_both_pools_on_each_node() -> None:
     slow = Capacity(goal_of(gpus=16, workload=chat, node_gbps=2.0))
     fast = Capacity(goal_of(gpus=16, workload=chat))
     layouts = (Layout(1), Layout(2))
-    assert all(one.colocated for one in splits(slow, layouts, 16) if one.gpus > 8)
-    assert not any(one.colocated for one in splits(fast, layouts, 16))
-    best = splits(slow, layouts, 16)[0]
+    assert all(one.colocated for one in splits(slow, layouts, Fleet({"": 16})) if one.gpus > 8)
+    assert not any(one.colocated for one in splits(fast, layouts, Fleet({"": 16})))
+    best = splits(slow, layouts, Fleet({"": 16}))[0]
     assert slow.network_share(best) > 1 > fast.network_share(best)
-    assert replace(best, colocated=False) in neighbours(slow, best, 16)
-    apart = splits(fast, layouts, 16)[0]
-    assert replace(apart, colocated=True) in neighbours(fast, apart, 16)
+    assert replace(best, colocated=False) in neighbours(slow, best, Fleet({"": 16}))
+    apart = splits(fast, layouts, Fleet({"": 16}))[0]
+    assert replace(apart, colocated=True) in neighbours(fast, apart, Fleet({"": 16}))
     assert str(best) == f"{replace(best, colocated=False)}, colocated"
     assert spec_of(goal_of(gpus=16), best).colocate == 8
 

@@ -12,6 +12,7 @@ from cluster.request import Slo
 from cluster.spec import parse_spec
 from deploy.planner.capacity import Capacity, splits, unsplits
 from deploy.planner.deployment import Deployment
+from deploy.planner.fleet import Fleet
 from deploy.planner.goal import Infeasible
 from deploy.planner.plan import Plan
 from deploy.planner.price import watts
@@ -40,7 +41,7 @@ def test_the_plan_is_as_good_as_any_candidate() -> None:
         for m in range(1, 3)
         if n * p.gpus + m * d.gpus <= goal.gpus
     ]
-    every = [*every, *unsplits(capacity, layouts, goal.gpus)]
+    every = [*every, *unsplits(capacity, layouts, goal.room)]
     best = max(goodput(goal, one, 0, 4.0).per_gpu_rps for one in every)
     assert chosen.per_gpu_rps >= best * (1 - 2 * COARSE)
 
@@ -134,7 +135,8 @@ def test_the_least_gpus_that_hold_the_rate() -> None:
     capacity = Capacity(goal)
     layouts = capacity.layouts()
     for gpus in range(1, found.chosen.deployment.gpus):
-        for less in (*splits(capacity, layouts, gpus), *unsplits(capacity, layouts, gpus)):
+        fewer = Fleet({"": gpus})
+        for less in (*splits(capacity, layouts, fewer), *unsplits(capacity, layouts, fewer)):
             assert simulate(goal, less, goal.rate_rps, 0).attainment < goal.attainment
     with pytest.raises(Infeasible, match="do not hold 120 requests/s"):
         plan(

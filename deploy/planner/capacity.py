@@ -19,6 +19,7 @@ from cluster.placement import place
 from cluster.request import Slo
 from cluster.sim_options import DEFAULT_KV_TOKENS, GPU_MEMORY_UTILIZATION, kv_memory_bytes
 from deploy.planner.deployment import Deployment, Layout
+from deploy.planner.fleet import Fleet
 from deploy.planner.goal import Goal, Infeasible
 from deploy.slo_classes import assign_slo_classes
 from deploy.workload import WorkloadRequest, percentile
@@ -62,25 +63,16 @@ class Capacity:
         goal = self._goal
         found = tuple(layout for layout in _all_layouts(goal) if self.kv_tokens(layout) >= goal.max_model_len)
         if not found:
-            assert goal.shape is not None
-            assert goal.hardware is not None
-            need = goal.shape.weight_bytes / 1e9
-            room = goal.hardware.memory_bytes * GPU_MEMORY_UTILIZATION * min(goal.gpus, goal.gpus_per_node)
-            most = min(goal.gpus, goal.gpus_per_node)
-            raise Infeasible(
-                why=f"{goal.shape.name} has {need:,.0f} GB of weights, and an instance of at most "
-                f"{most} {goal.hardware.name} on one node has {room / 1e9:,.0f} GB for them, its "
-                f"activations and the KV of a request of {goal.max_model_len:,} tokens",
-                remedies=("take GPUs with more memory, or a smaller --max-model-len or model",),
-            )
+            raise self._too_large()
         return found
 
     def kv_tokens(self, layout: Layout) -> int:
         """In the KV cache of an instance; negative where not even the weights fit."""
         goal = self._goal
-        if goal.shape is None or goal.hardware is None:
+        hardware = goal.hardware_of(layout)
+        if goal.shape is None or hardware is None:
             return DEFAULT_KV_TOKENS
-        left = kv_memory_bytes(goal.shape, goal.hardware, layout.gpus)
+        left = kv_memory_bytes(goal.shape, hardware, layout.gpus)
         return int(left / goal.shape.kv_bytes_per_token_and_rank(layout.tensor, layout.pipeline))
 
     def prefill_rps(self, layout: Layout) -> float:
@@ -120,16 +112,25 @@ class Capacity:
         """Of what the NICs of the smaller pool carry, the part that KV takes at `rps` where all of it moves
         between nodes; 0 where nothing is known of the network."""
         goal = self._goal
-        if goal.shape is None or goal.hardware is None or deployment.prefill is None:
+        if goal.shape is None or deployment.prefill is None:
             return 0.0
-        nic = goal.node_gbps * 1e9 / 8 if goal.node_gbps else goal.hardware.nic_bytes_per_s
+        carried = []
+        pools = ((deployment.prefill, deployment.prefill_gpus), (deployment.decode, deployment.decode_gpus))
+        for layout, gpus in pools:
+            hardware = goal.hardware_of(layout)
+            if hardware is None:
+                return 0.0
+            nic = goal.node_gbps * 1e9 / 8 if goal.node_gbps else hardware.nic_bytes_per_s
+            carried.append(nic * gpus)
         kv_bytes = goal.shape.kv_bytes_per_token * fmean(r.input_tokens for r in self._sample.requests)
-        return self.rps(deployment) * kv_bytes / (nic * min(deployment.prefill_gpus, deployment.decode_gpus))
+        return self.rps(deployment) * kv_bytes / min(carried)
 
     def can_colocate(self, deployment: Deployment) -> bool:
         """Whether there are several nodes, enough of them, and one of them has instances of both pools."""
         goal, per_node = self._goal, self._goal.gpus_per_node
-        if goal.hardware is None or deployment.prefill is None or deployment.gpus <= per_node:
+        if deployment.prefill is None or deployment.prefill.gpu != deployment.decode.gpu:
+            return False
+        if goal.hardware_of(deployment.decode) is None or deployment.gpus <= per_node:
             return False
         if max(deployment.prefill.gpus, deployment.decode.gpus) > per_node:
             return False
@@ -181,6 +182,25 @@ class Capacity:
                 remedies=("loosen the bounds, take faster GPUs or shorter prompts",),
             )
 
+    def _too_large(self) -> Infeasible:
+        """For a model that no node holds."""
+        goal = self._goal
+        assert goal.shape is not None
+        need = goal.shape.weight_bytes / 1e9
+        largest = []
+        for gpu in goal.room.types:
+            hardware = goal.hardware_of(Layout(1, gpu=gpu))
+            assert hardware is not None
+            most = min(goal.room.of(gpu), goal.gpus_per_node)
+            largest.append((hardware.memory_bytes * GPU_MEMORY_UTILIZATION * most, most, hardware.name))
+        room, most, name = max(largest)
+        return Infeasible(
+            why=f"{goal.shape.name} has {need:,.0f} GB of weights, and an instance of at most "
+            f"{most} {name} on one node has {room / 1e9:,.0f} GB for them, its "
+            f"activations and the KV of a request of {goal.max_model_len:,} tokens",
+            remedies=("take GPUs with more memory, or a smaller --max-model-len or model",),
+        )
+
     def _token_s(self, latency: LatencyModel, bound_s: float, memory: float) -> float:
         """Seconds of an instance for one token of a batch as large as the bound and the memory allow."""
         context = self._context
@@ -201,14 +221,15 @@ def _all_layouts(goal: Goal) -> Iterator[Layout]:
         yield from sorted(layout for layout in goal.profiles if layout.gpus <= goal.gpus)
         return
     assert goal.shape is not None
-    node = min(goal.gpus, goal.gpus_per_node)
-    tensor = 1
-    while tensor <= node:
-        if not goal.shape.heads % tensor:
-            for pipeline in range(1, node // tensor + 1 if goal.pipeline else 2):
-                if not goal.shape.layers % pipeline:
-                    yield Layout(tensor, pipeline)
-        tensor *= 2
+    for gpu in goal.room.types:
+        node = min(goal.room.of(gpu), goal.gpus_per_node)
+        tensor = 1
+        while tensor <= node:
+            if not goal.shape.heads % tensor:
+                for pipeline in range(1, node // tensor + 1 if goal.pipeline else 2):
+                    if not goal.shape.layers % pipeline:
+                        yield Layout(tensor, pipeline, gpu)
+            tensor *= 2
 
 
 Allowed = Callable[[Deployment], bool]
@@ -219,7 +240,7 @@ def _any(_: Deployment) -> bool:
 
 
 def splits(
-    capacity: Capacity, layouts: Sequence[Layout], gpus: int, allowed: Allowed = _any
+    capacity: Capacity, layouts: Sequence[Layout], fleet: Fleet, allowed: Allowed = _any
 ) -> list[Deployment]:
     """The best ratio, by closed form, for every pair of layouts (P/D-Serve, arXiv 2408.08147), the one with
     the most requests per second and GPU first."""
@@ -227,8 +248,8 @@ def splits(
     for prefill in layouts:
         for decode in layouts:
             options = []
-            for count in range(1, (gpus - decode.gpus) // prefill.gpus + 1):
-                most = (gpus - count * prefill.gpus) // decode.gpus
+            for count in range(1, fleet.most(prefill) + 1):
+                most = fleet.most(decode, prefill, count)
                 sizes = (
                     Deployment(prefill=prefill, prefill_count=count, decode=decode, decode_count=decodes)
                     for decodes in range(most, 0, -1)
@@ -240,28 +261,66 @@ def splits(
 
 
 def unsplits(
-    capacity: Capacity, layouts: Sequence[Layout], gpus: int, allowed: Allowed = _any
+    capacity: Capacity, layouts: Sequence[Layout], fleet: Fleet, allowed: Allowed = _any
 ) -> list[Deployment]:
     """Without the split, the one that could do most first."""
     found: list[Deployment] = []
     for layout in layouts:
         sizes = (
             Deployment(prefill=None, prefill_count=0, decode=layout, decode_count=count)
-            for count in range(gpus // layout.gpus, 0, -1)
+            for count in range(fleet.most(layout), 0, -1)
         )
         found += islice(filter(allowed, sizes), 1)
     return sorted(found, key=lambda one: (-capacity.rps(one) / one.gpus, one.gpus, str(one)))
 
 
+def front(
+    capacity: Capacity,
+    layouts: Sequence[Layout],
+    fleet: Fleet,
+    price: Callable[[Deployment], float],
+    allowed: Allowed = _any,
+) -> list[Deployment]:
+    """Of each pair of layouts, and of each without the split, those than which nothing cheaper could do as
+    much by closed form; the cheapest first."""
+    found: list[Deployment] = []
+    for one in layouts:
+        sizes = (
+            Deployment(prefill=None, prefill_count=0, decode=one, decode_count=count)
+            for count in range(1, fleet.most(one) + 1)
+        )
+        found += _undominated(capacity, filter(allowed, sizes), price)
+        for other in layouts:
+            pairs = (
+                Deployment(prefill=one, prefill_count=count, decode=other, decode_count=decodes)
+                for count in range(1, fleet.most(one) + 1)
+                for decodes in range(1, fleet.most(other, one, count) + 1)
+            )
+            found += map(capacity.placed, _undominated(capacity, filter(allowed, pairs), price))
+    return sorted(found, key=lambda one: (price(one), -capacity.rps(one), str(one)))
+
+
+def _undominated(
+    capacity: Capacity, sizes: Iterable[Deployment], price: Callable[[Deployment], float]
+) -> Iterator[Deployment]:
+    most = 0.0
+    for one in sorted(sizes, key=lambda one: (price(one), -capacity.rps(one), str(one))):
+        if (rps := capacity.rps(one)) > most:
+            most = rps
+            yield one
+
+
 def neighbours(
-    capacity: Capacity, deployment: Deployment, gpus: int, allowed: Allowed = _any
+    capacity: Capacity, deployment: Deployment, fleet: Fleet, allowed: Allowed = _any
 ) -> list[Deployment]:
     """With an instance or two more or less of a phase, as far as the GPUs go, and placed the other way."""
     if deployment.prefill is None:
         return []
     found: list[Deployment] = []
     for prefills in range(max(1, deployment.prefill_count - 2), deployment.prefill_count + 3):
-        most = (gpus - prefills * deployment.prefill.gpus) // deployment.decode.gpus
+        if prefills > fleet.most(deployment.prefill):
+            break
+        most = fleet.most(deployment.decode, deployment.prefill, prefills)
         sizes = (
             replace(deployment, prefill_count=prefills, decode_count=decodes)
             for decodes in range(most, 0, -1)

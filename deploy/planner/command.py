@@ -19,6 +19,7 @@ from deploy.workload_options import (
 )
 
 if TYPE_CHECKING:  # made by every command, most of which plan nothing
+    from cluster.hardware import Hardware
     from deploy.planner.deployment import Layout
     from deploy.planner.goal import Goal
 
@@ -36,7 +37,13 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
     plan.add_argument(
         "--model", required=True, metavar="NAME", help="shape by name (llama-3-70b, ...), or a checkpoint"
     )
-    plan.add_argument("--gpu", metavar="GPU", help="h100, h200, b200, a100, l40s, ...")
+    plan.add_argument(
+        "--gpu",
+        nargs="+",
+        default=[],
+        metavar="GPU",
+        help="h100, h200, b200, a100, l40s, ...; or several with how many there are, as in h100=16 a100=16",
+    )
     plan.add_argument(
         "--profile",
         nargs="+",
@@ -72,7 +79,7 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         help="most power, as in 20, or prefill=12 decode=8 for the pools",
     )
     plan.add_argument(
-        "--pipeline", action="store_true", help="also pipeline stages; only twins serve them yet"
+        "--pipeline", action="store_true", help="also pipeline stages; in decode only twins serve them yet"
     )
     plan.add_argument(
         "--parts", type=count_from, default=3, metavar="N", help="of the workload, for the band"
@@ -101,6 +108,10 @@ def run_plan(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if args.sweep is not None and args.html is None:
         raise ValueError("--sweep draws into a page: give --html")
     goal = goal_from(args)
+    if args.sweep is not None:
+        from deploy.planner.sweep import Sweep
+
+        Sweep.of(goal, args.sweep)
     try:
         made = plan(goal, jobs=args.jobs, workers=_on_ray(args.ray, goal), say=say)
     except Infeasible as error:
@@ -129,7 +140,6 @@ def run_plan(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
 def goal_from(args: argparse.Namespace) -> Goal:
     """What the command line asks for. Raises ValueError, SpecError."""
-    from cluster.hardware import hardware_named
     from cluster.model_shape import shape_of
     from deploy.planner.goal import Goal
     from deploy.slo_classes import parse_slo
@@ -149,14 +159,17 @@ def goal_from(args: argparse.Namespace) -> Goal:
             "without a bound on the time to first token any rate is held, by waiting: give --ttft"
         )
     requests = _workload(args)
-    hardware = hardware_named(args.gpu) if args.gpu else None
+    hardware, fleet = _gpus(args.gpu)
+    if fleet and (args.profile or args.gpus_total):
+        raise ValueError("--gpu with several types says how many there are, and takes no --profile")
     longest = max(request.input_tokens + request.output_tokens for request in requests)
     return Goal(
         model=args.model,
-        shape=shape_of(args.model) if hardware else None,
+        shape=shape_of(args.model) if args.gpu else None,
         hardware=hardware,
         profiles=_profiles(args.profile),
-        gpus=args.gpus_total or args.nodes * args.gpus_per_node,
+        fleet=fleet,
+        gpus=args.gpus_total or sum(fleet.values()) or args.nodes * args.gpus_per_node,
         gpus_per_node=args.gpus_per_node,
         requests=requests,
         classes=classes,
@@ -175,6 +188,22 @@ def _slo_words(args: argparse.Namespace) -> list[str]:
     """The bounds as other commands take them."""
     bounds = {"ttft": args.ttft, "tpot": args.tpot}
     return args.slo or [f"{name}:{value:g}" for name, value in bounds.items() if value is not None]
+
+
+def _gpus(words: Sequence[str]) -> tuple[Hardware | None, dict[str, int]]:
+    """The type that all have; or how many there are of each."""
+    from cluster.hardware import hardware_named
+
+    if len(words) == 1 and "=" not in words[0]:
+        return hardware_named(words[0]), {}
+    fleet: dict[str, int] = {}
+    for word in words:
+        name, sign, number = word.partition("=")
+        hardware = hardware_named(name)
+        if not sign or not number.isdecimal() or not int(number) or hardware.name in fleet:
+            raise ValueError(f"--gpu: {word!r}, expected each type once with a number, as in h100=16 a100=16")
+        fleet[hardware.name] = int(number)
+    return None, fleet
 
 
 def _watts(words: Sequence[str]) -> dict[str, float]:

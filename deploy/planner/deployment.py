@@ -7,17 +7,19 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """Ranks of an instance."""
+    """Ranks of an instance, and the type of its GPUs where there are several."""
 
     tensor: int
     pipeline: int = 1
+    gpu: str = ""
 
     @property
     def gpus(self) -> int:
         return self.tensor * self.pipeline
 
     def __str__(self) -> str:
-        return f"TP{self.tensor}" + (f" PP{self.pipeline}" if self.pipeline > 1 else "")
+        ranks = f"TP{self.tensor}" + (f" PP{self.pipeline}" if self.pipeline > 1 else "")
+        return f"{ranks} {self.gpu.partition('-')[0].upper()}" if self.gpu else ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,12 @@ from random import Random
 from typing import Any, Literal
 
 from cluster.errors import ServingError
-from cluster.hardware import Hardware
+from cluster.hardware import Hardware, hardware_named
 from cluster.latency import LatencyModel, ProfiledLatency, load_profile
 from cluster.model_shape import ModelShape
 from cluster.roofline import RooflineLatency
 from deploy.planner.deployment import Layout
+from deploy.planner.fleet import Fleet
 from deploy.slo_classes import SloClass, assign_slo_classes
 from deploy.workload import WorkloadRequest, mean_rate_rps, percentile, rescale
 
@@ -38,15 +39,18 @@ class Goal:
     Attributes:
         model: as the spec shall name it.
         shape: None where profiles say all.
-        hardware: of every GPU; None with profiles of CPU engines.
+        hardware: of every GPU; None with profiles of CPU engines, or with a fleet.
+        fleet: GPUs of each type, by its name, where there are several; a pool has GPUs of one type, and the
+            two pools may have different ones.
         profiles: files that `pdserve profile` wrote, by the layout that they were measured with, instead of
             the roofline; then these are the layouts that there are.
-        gpus: at most so many; without hardware, so many ranks.
+        gpus: at most so many; without hardware, so many ranks; of a fleet, all.
         gpus_per_node: an instance has all of its GPUs on one node.
         requests: the workload, at the rate that must be held.
         classes: SLO classes; each request is in one of them.
         attainment: share of the requests that shall keep both bounds, 0 to 1.
-        pipeline: whether layouts with pipeline stages may be chosen, which only twins can serve yet.
+        pipeline: whether layouts with pipeline stages may be chosen, which in decode instances only twins can
+            serve yet.
         seeds: parts of the workload that a figure is the mean of.
         max_model_len: of the engines.
         max_watts: most power that may be drawn, of `all`, of `prefill` or of `decode` instances; none else.
@@ -62,6 +66,7 @@ class Goal:
     classes: tuple[SloClass, ...]
     gpus_per_node: int = 8
     profiles: Mapping[Layout, str] = field(default_factory=dict)
+    fleet: Mapping[str, int] = field(default_factory=dict)
     attainment: float = 0.9
     objective: Objective = "goodput_per_gpu"
     pipeline: bool = False
@@ -76,13 +81,23 @@ class Goal:
         """That must be held."""
         return mean_rate_rps(self.requests)
 
+    @property
+    def room(self) -> Fleet:
+        """The GPUs that there are."""
+        return Fleet(self.fleet or {"": self.gpus})
+
+    def hardware_of(self, layout: Layout) -> Hardware | None:
+        """Of an instance; None for CPU engines."""
+        return hardware_named(layout.gpu) if layout.gpu else self.hardware
+
     def latency(self, layout: Layout) -> LatencyModel:
         """Iteration times of an instance."""
         if self.profiles:
             return ProfiledLatency(load_profile(self.profiles[layout]))
+        hardware = self.hardware_of(layout)
         assert self.shape is not None
-        assert self.hardware is not None
-        return RooflineLatency(self.shape, self.hardware, layout.tensor, layout.pipeline)
+        assert hardware is not None
+        return RooflineLatency(self.shape, hardware, layout.tensor, layout.pipeline)
 
     def part(
         self, seed: int, count: int, rate_rps: float

@@ -8,7 +8,7 @@ file has no measurement the same shares are taken of their own limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from deploy.planner.deployment import Deployment
 from deploy.planner.goal import Goal
@@ -27,8 +27,10 @@ PREFILL_SHARE, DECODE_SHARE = 0.97, 0.44
 
 def usd_per_hour(goal: Goal, deployment: Deployment) -> float | None:
     """None where the GPU's price is not known."""
-    price = USD_PER_HOUR.get(goal.hardware.name) if goal.hardware else None
-    return None if price is None else price * deployment.gpus
+    prices = _by_pool(goal, deployment, USD_PER_HOUR)
+    return (
+        None if prices is None else prices[0] * deployment.prefill_gpus + prices[1] * deployment.decode_gpus
+    )
 
 
 def watts(goal: Goal, deployment: Deployment) -> float | None:
@@ -40,14 +42,15 @@ def watts(goal: Goal, deployment: Deployment) -> float | None:
 
 def pool_watts(goal: Goal, deployment: Deployment) -> dict[str, float] | None:
     """By `prefill`, `decode` or `unsplit`."""
-    limit = WATTS.get(goal.hardware.name) if goal.hardware else None
-    if limit is None:
+    limits = _by_pool(goal, deployment, WATTS)
+    if limits is None:
         return None
+    prefill, decode = limits
     if not deployment.is_split:
-        return {"unsplit": limit * PREFILL_SHARE * deployment.gpus}
+        return {"unsplit": decode * PREFILL_SHARE * deployment.gpus}
     return {
-        "prefill": limit * PREFILL_SHARE * deployment.prefill_gpus,
-        "decode": limit * DECODE_SHARE * deployment.decode_gpus,
+        "prefill": prefill * PREFILL_SHARE * deployment.prefill_gpus,
+        "decode": decode * DECODE_SHARE * deployment.decode_gpus,
     }
 
 
@@ -57,7 +60,7 @@ def within_power(goal: Goal, deployment: Deployment) -> bool:
         return True
     drawn = pool_watts(goal, deployment)
     if drawn is None:
-        name = goal.hardware.name if goal.hardware else "this machine"
+        name = _names(goal, deployment)
         raise ValueError(f"--max-kw: the power is not known for {name}, but for {', '.join(WATTS)}")
     drawn["all"] = sum(drawn.values())
     return all(drawn.get(pool, 0.0) <= cap for pool, cap in goal.max_watts.items())
@@ -72,7 +75,7 @@ def price_of(goal: Goal) -> Callable[[Deployment], float]:
     def price(deployment: Deployment) -> float:
         found = known(goal, deployment)
         if found is None:
-            name = goal.hardware.name if goal.hardware else "this machine"
+            name = _names(goal, deployment)
             table = USD_PER_HOUR if goal.objective == "cost" else WATTS
             raise ValueError(
                 f"--objective {goal.objective}: not known for {name}, but for {', '.join(table)}"
@@ -80,3 +83,21 @@ def price_of(goal: Goal) -> Callable[[Deployment], float]:
         return found
 
     return price
+
+
+def _by_pool(goal: Goal, deployment: Deployment, table: Mapping[str, float]) -> tuple[float, float] | None:
+    """What a GPU of the prefill and of the decode pool has in a table; None where one is not in it."""
+    found = []
+    for layout in (deployment.prefill or deployment.decode, deployment.decode):
+        hardware = goal.hardware_of(layout)
+        value = table.get(hardware.name) if hardware is not None else None
+        if value is None:
+            return None
+        found.append(value)
+    return found[0], found[1]
+
+
+def _names(goal: Goal, deployment: Deployment) -> str:
+    layouts = (deployment.prefill or deployment.decode, deployment.decode)
+    found = [one.name for one in map(goal.hardware_of, layouts) if one is not None]
+    return " and ".join(dict.fromkeys(found)) or "this machine"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
 
-from deploy.planner.capacity import Capacity, neighbours, splits, unsplits
+from deploy.planner.capacity import Capacity, front, neighbours, splits, unsplits
 from deploy.planner.deployment import Deployment, Layout
 from deploy.planner.goal import Goal, Infeasible
 from deploy.planner.plan import Candidate, Plan
@@ -108,8 +108,8 @@ def _planned(goal: Goal, workers: Workers, say: Say) -> Plan:
     layouts = capacity.layouts()
     capacity.require_possible(layouts)
     copies = max(1, math.ceil(goal.gpus / PART_GPUS))
-    part = goal.gpus // copies
-    say(f"{goal.describe_workload()}; layouts {', '.join(map(str, layouts))}; {goal.gpus} GPUs")
+    part = goal.room.part(copies)
+    say(f"{goal.describe_workload()}; layouts {', '.join(map(str, layouts))}; {goal.room}")
     if goal.objective != "goodput_per_gpu":
         return _cheapest(goal, capacity, layouts, workers, say)
     # Of a part, its part of the power.
@@ -195,7 +195,7 @@ def _checked(goal: Goal, made: Plan, workers: Workers | None) -> Plan:
     if workers is not None and made.chosen.goodput_rps < goal.rate_rps * (1 - TOLERANCE):
         held = f"{made.chosen.goodput_rps:.3g} requests/s of {goal.rate_rps:.3g}"
         raise Infeasible(
-            why=f"{goal.gpus} GPUs hold {held} at best, as {made.chosen.deployment}",
+            why=f"{goal.room} hold {held} at best, as {made.chosen.deployment}",
             remedies=relaxations(goal, made.chosen, workers),
         )
     return made
@@ -204,16 +204,8 @@ def _checked(goal: Goal, made: Plan, workers: Workers | None) -> Plan:
 def _cheapest(goal: Goal, capacity: Capacity, layouts: Sequence[Layout], workers: Workers, say: Say) -> Plan:
     """The deployment of least GPUs, price or power that holds the rate."""
     price, allowed = price_of(goal), partial(within_power, goal)
-    found = {
-        option
-        for gpus in range(1, goal.gpus + 1)
-        for option in (
-            *splits(capacity, layouts, gpus, allowed),
-            *unsplits(capacity, layouts, gpus, allowed),
-        )
-        if BEYOND * capacity.most_rps(option) >= goal.rate_rps
-    }
-    ordered = sorted(found, key=lambda one: (price(one), -capacity.rps(one), str(one)))
+    every = front(capacity, layouts, goal.room, price, allowed)
+    ordered = [one for one in every if BEYOND * capacity.most_rps(one) >= goal.rate_rps]
     lost: list[Found] = []
     for first in range(0, len(ordered), ROUND):
         tried = ordered[first : first + ROUND]
@@ -237,8 +229,6 @@ def _cheapest(goal: Goal, capacity: Capacity, layouts: Sequence[Layout], workers
                 )
             lost.append(Found(rate_rps=0.0, trial=trial))
     if not lost:  # not even by closed form: then those that could do most are the nearest
-        every = splits(capacity, layouts, goal.gpus, allowed)
-        every += unsplits(capacity, layouts, goal.gpus, allowed)
         if not every:
             raise Infeasible(why=_too_little_power(goal), remedies=("raise --max-kw",))
         most = sorted(every, key=lambda one: (-capacity.rps(one), str(one)))[:ROUND]
@@ -247,6 +237,6 @@ def _cheapest(goal: Goal, capacity: Capacity, layouts: Sequence[Layout], workers
     best = max(lost, key=lambda one: one.trial.attainment)
     said = f"{best.deployment} keeps {best.trial.attainment:.1%}"
     raise Infeasible(
-        why=f"{goal.gpus} GPUs do not hold {goal.rate_rps:.3g} requests/s at {goal.attainment:.0%}; {said}",
+        why=f"{goal.room} do not hold {goal.rate_rps:.3g} requests/s at {goal.attainment:.0%}; {said}",
         remedies=relaxations(goal, Candidate.lost(best), workers),
     )

@@ -41,6 +41,14 @@ class Sweep:
     values: tuple[float, ...]
 
     @classmethod
+    def of(cls, goal: Goal, text: str) -> Sweep:
+        """A range for a goal. Raises ValueError also for one that is not for it."""
+        found = cls.parse(text)
+        if found.what == "gpus" and goal.fleet:
+            raise ValueError("--sweep gpus=... is of one type of GPU: give one --gpu")
+        return found
+
+    @classmethod
     def parse(cls, text: str) -> Sweep:
         what, _, span = text.partition("=")
         parts = span.split(":")
@@ -70,7 +78,7 @@ def sweep(
     goal: Goal, made: Plan, text: str, *, jobs: int = 1, say: Callable[[str], None]
 ) -> tuple[Sweep, dict[str, Curve]]:
     """Simulate a range. Raises ValueError for one that is none."""
-    wanted = Sweep.parse(text)
+    wanted = Sweep.of(goal, text)
     if jobs > 1:
         with Cores(goal, jobs) as cores:
             return wanted, curves_of(goal, made, wanted, cores, say)

@@ -78,17 +78,20 @@ class Found:
 def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
     """The deployment as a spec's keys."""
     sim: dict[str, Any] = {}
+    layouts = {Role.PREFILL: deployment.prefill or deployment.decode, Role.DECODE: deployment.decode}
     if goal.profiles:
-        files = [goal.profiles[deployment.prefill or deployment.decode], goal.profiles[deployment.decode]]
+        files = [goal.profiles[layout] for layout in layouts.values()]
         sim["profile"] = files[0] if files[0] == files[1] else dict(zip(map(str, Role), files, strict=True))
-    if goal.hardware is not None:
-        sim["hardware"] = goal.hardware.name
+    gpus = {role: goal.hardware_of(layout) for role, layout in layouts.items()}
+    names = [hardware.name for hardware in gpus.values() if hardware is not None]
+    if names:
+        sim["hardware"] = names[0] if len(set(names)) == 1 else dict(zip(map(str, Role), names, strict=True))
     base = goal.base
     model = base.get("model", goal.model)
     if goal.shape is not None and goal.shape.name != model:
         sim["shape"] = goal.model if model != goal.model else goal.shape.name
     network: dict[str, Any] = {}
-    if goal.hardware is not None and goal.gpus_per_node != goal.hardware.gpus_per_node:
+    if any(one is not None and one.gpus_per_node != goal.gpus_per_node for one in gpus.values()):
         network["gpus_per_node"] = goal.gpus_per_node
     if goal.node_gbps is not None:
         network["nic_gbps"] = goal.node_gbps
@@ -96,13 +99,13 @@ def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
         sim["network"] = network
     raw: dict[str, Any] = {
         "name": "plan",
-        "device": "cpu" if goal.hardware is None else "gpu",
+        "device": "gpu" if names else "cpu",
         **base,
         "model": model,
         "engine_options": {**base.get("engine_options", {}), "max_model_len": goal.max_model_len},
         "prefill": {
             **base.get("prefill", {}),
-            **_pool(deployment.prefill or deployment.decode, deployment.prefill_count),
+            **_pool(layouts[Role.PREFILL], deployment.prefill_count),
         },
         "decode": {**base.get("decode", {}), **_pool(deployment.decode, deployment.decode_count)},
         "slo": {**base.get("slo", {}), **_slo(goal)},
@@ -112,7 +115,7 @@ def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
         raw["policy"] = UNSPLIT
     if deployment.colocated:
         raw["colocate"] = goal.gpus_per_node
-    if any(layout and layout.pipeline > 1 for layout in (deployment.prefill, deployment.decode)):
+    if deployment.decode.pipeline > 1:  # KV can't be read into pipeline stages
         raw["engine"] = "sim"
     return raw
 
@@ -160,8 +163,13 @@ def goodput(goal: Goal, deployment: Deployment, seed: int, start_rps: float, lea
 
 
 def _pool(layout: Layout, count: int) -> dict[str, Any]:
-    pool = {"count": count, "tensor_parallel_size": layout.tensor}
-    return pool | ({"pipeline_parallel_size": layout.pipeline} if layout.pipeline > 1 else {})
+    pool: dict[str, Any] = {"count": count, "tensor_parallel_size": layout.tensor}
+    if layout.pipeline > 1:
+        pool["pipeline_parallel_size"] = layout.pipeline
+    if layout.gpu:  # Ray's own name of what a node has
+        family = layout.gpu.partition("-")[0].upper()
+        pool["resources"] = {f"accelerator_type:{family}": 0.001}
+    return pool
 
 
 def _slo(goal: Goal) -> dict[str, Any]:

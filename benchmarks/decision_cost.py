@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from random import Random
 from resource import getpagesize
@@ -24,6 +26,7 @@ from cluster.prefix_hash import chain_hashes, span_tokens
 from cluster.request import ServeRequest
 from cluster.wire import Blocks
 from router.fleet import Fleet
+from router.links import NETWORK, NODE
 from router.policies import POLICIES, latency_of, make_policy
 from router.predictor import Predictor
 from router.prefix_index import PrefixIndex
@@ -34,8 +37,8 @@ PROMPT_TOKENS = 16_000
 DECISIONS = 1000
 
 
-def loaded_fleet(count: int, rng: Random) -> Fleet[LastSeen]:
-    """Instances of both roles as a busy cluster has them."""
+def loaded_fleet(count: int, rng: Random, *, colocated: bool) -> Fleet[LastSeen]:
+    """Instances of both roles as a busy cluster has them, four on a node."""
     facts = EngineFacts(
         fingerprint=Fingerprint(engine="sim", model="m", dtype="", kv_dtype="", block_size_tokens=16),
         max_model_len=32_768,
@@ -49,7 +52,8 @@ def loaded_fleet(count: int, rng: Random) -> Fleet[LastSeen]:
             name = f"{role}-{number}"
             state = InstanceState.READY
             info = InstanceInfo(instance_id=name, role=role, engine_index=number, state=state, facts=facts)
-            fleet.join(info, LastSeen(InstanceLoad()))
+            node = f"{number // 2}" if colocated else f"{role}-{number // 4}"
+            fleet.join(replace(info, node=node), LastSeen(InstanceLoad()))
             view = fleet.view_of(name)
             assert view is not None
             for prompt in range(rng.randrange(4) if role is Role.PREFILL else 0):
@@ -62,12 +66,15 @@ def loaded_fleet(count: int, rng: Random) -> Fleet[LastSeen]:
     return fleet
 
 
-def measure(count: int, decisions: int) -> dict[str, list[float]]:
+def measure(count: int, decisions: int, *, colocated: bool) -> dict[str, list[float]]:
     """Seconds of each decision, by policy."""
     rng = Random(count)
-    fleet = loaded_fleet(count, rng)
-    latency = latency_of(spec_of(32, "goodput"))
-    policies = {name: make_policy(name, Predictor(latency)) for name in POLICIES if name != "unsplit"}
+    fleet = loaded_fleet(count, rng, colocated=colocated)
+    predictor = Predictor(latency_of(spec_of(32, "goodput")))
+    for tokens_moved in (PROMPT_TOKENS // 2, PROMPT_TOKENS):
+        predictor.hand_overs.came(NODE, tokens_moved, 1e-6 * tokens_moved)
+        predictor.hand_overs.came(NETWORK, tokens_moved, 1e-5 * tokens_moved)
+    policies = {name: make_policy(name, predictor) for name in POLICIES if name != "unsplit"}
     took: dict[str, list[float]] = {name: [] for name in policies}
     tokens = [rng.randrange(100_000) for _ in range(PROMPT_TOKENS)]
     size = span_tokens(16)
@@ -115,12 +122,13 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=DECISIONS)
     parser.add_argument("--blocks", type=int, default=10_000_000, help="in the index")
     args = parser.parse_args()
-    print("| instances of each role | policy | p50 (us) | p99 (us) |\n|---|---|---|---|")
-    for count in SIZES:
-        for name, seconds in measure(count, args.decisions).items():
+    print("| instances of each role | pools | policy | p50 (us) | p99 (us) |\n|---|---|---|---|---|")
+    for count, colocated in product(SIZES, (False, True)):
+        for name, seconds in measure(count, args.decisions, colocated=colocated).items():
             ordered = sorted(seconds)
             p50, p99 = (ordered[math.ceil(share * len(ordered)) - 1] * 1e6 for share in (0.5, 0.99))
-            print(f"| {count} | {name} | {p50:.0f} | {p99:.0f} |", flush=True)
+            pools = "colocated" if colocated else "apart"
+            print(f"| {count} | {pools} | {name} | {p50:.0f} | {p99:.0f} |", flush=True)
     used, blocks = index_bytes(args.blocks)
     print(f"\nIndex of {blocks:,} names: {used / 2**20:,.0f} MiB, {used / blocks:.0f} bytes a name.")
 

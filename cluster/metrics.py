@@ -49,7 +49,10 @@ class IngressMetrics:
             registry=registry,
         )
         self.kv_bytes_moved = Counter(
-            "pdserve_kv_bytes_moved", "Bytes of those tokens over all layers", registry=registry
+            "pdserve_kv_bytes_moved",
+            "Bytes of those tokens over all layers, by the way: within a node or over the network",
+            ["link"],
+            registry=registry,
         )
         self.kv_tokens_recomputed = Counter(
             "pdserve_kv_tokens_recomputed",

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import msgspec
 
 from cluster.instance import Role
+from cluster.placement import sharing
 from cluster.sim_engine import KvGone
 from cluster.spec import ClusterSpec
 
@@ -59,12 +60,28 @@ def nic_bytes_per_s(spec: ClusterSpec, role: Role) -> float:
     return rate * spec.pool(role).ranks
 
 
+def inside_bytes_per_s(spec: ClusterSpec, role: Role) -> float:
+    """What an instance of a role sends or receives within its node, in bytes per second."""
+    network, hardware = spec.sim.network, spec.sim.hardware_of(role)
+    rate = hardware.link_bytes_per_s if hardware else _UNKNOWN_RATE_BYTES_PER_S
+    if network.nvlink_gbps is not None:
+        pcie = hardware.pcie_bytes_per_s if hardware else _UNKNOWN_RATE_BYTES_PER_S
+        rate = network.nvlink_gbps * _BYTES_PER_S_OF_GBPS or pcie
+    return rate * spec.pool(role).ranks
+
+
+def _beside(spec: ClusterSpec, instance_id: str) -> frozenset[str]:
+    """Who shares the node of an instance, where the spec says that."""
+    nodes = sharing(spec) if spec.colocate else ()
+    return frozenset(other for node in nodes if instance_id in node for other in node if other != instance_id)
+
+
 class SocketExchange:
     """The `KvExchange` of a live twin: reads from other twins, and serves its own KV to them.
 
     A transfer takes what it would alone on the NICs of both ends. Contention, which the simulator shares out
-    fairly (`kv_transfer.link_model`), is not modelled: processes know nothing of each other's transfers. Nor
-    is it known who shares a node, so NVLink is never used.
+    fairly (`kv_transfer.link_model`), is not modelled: processes know nothing of each other's transfers. Who
+    shares a node is known where the spec says it (`colocate`): those have NVLink between them.
 
     Attributes:
         source: the engine whose KV is served; to be set before `start`.
@@ -82,6 +99,7 @@ class SocketExchange:
         kv_bytes_per_token: int,
         latency_s: float,
         overlap: bool = False,
+        beside: tuple[frozenset[str], float] = (frozenset(), 0.0),
     ) -> None:
         """
         Args:
@@ -89,6 +107,7 @@ class SocketExchange:
             bytes_per_s: of this instance's NICs.
             latency_s: from asking for KV until its first byte.
             overlap: whether chunks of a prompt have moved while later ones were computed.
+            beside: the instances of its node, and the bytes per second of its links to them.
         """
         self._host = host
         self._life = [instance_id, incarnation]
@@ -96,6 +115,7 @@ class SocketExchange:
         self._kv_bytes_per_token = kv_bytes_per_token
         self._latency_s = latency_s
         self._overlap = overlap
+        self._beside, self._beside_bytes_per_s = beside
         self._server: asyncio.Server | None = None
         self._readers: set[asyncio.Task[None]] = set()
         self._sources: dict[tuple[Any, ...], _SourceLink] = {}
@@ -120,6 +140,7 @@ class SocketExchange:
             kv_bytes_per_token=kv_bytes_per_token,
             latency_s=spec.sim.network.latency_s if spec.sim.hardware else 0.0,
             overlap=spec.transfer.overlap,
+            beside=(_beside(spec, instance_id), inside_bytes_per_s(spec, role)),
         )
 
     async def start(self) -> None:
@@ -148,6 +169,7 @@ class SocketExchange:
             "remote_instance": instance_id,
             "remote_incarnation": incarnation,
             "remote_bytes_per_s": self._bytes_per_s,
+            "remote_beside_bytes_per_s": self._beside_bytes_per_s,
         }
 
     def hold(self, handle: Mapping[str, Any]) -> None:
@@ -168,6 +190,8 @@ class SocketExchange:
 
     def _transfer_s(self, handle: Mapping[str, Any], tokens: int) -> float:
         rate: float = min(self._bytes_per_s, handle["remote_bytes_per_s"])
+        if handle["remote_instance"] in self._beside:
+            rate = min(self._beside_bytes_per_s, handle["remote_beside_bytes_per_s"])
         size = float(tokens * self._kv_bytes_per_token)
         if self._overlap and handle.get("chunks_s"):
             # As kv_transfer.topology.exposed_bytes, which this package must not import.

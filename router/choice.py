@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from router.links import NETWORK, NODE
@@ -133,18 +134,20 @@ def best_pair(
     """
     prefill, nearest = pair
     pairs = [(prefill, weigh_decode(nearest.instance, NETWORK))]
-    candidates = [prefill.instance, *(one for one in by_ttft if one is not prefill.instance)]
-    for seen, instance in enumerate(candidates):
+    others = (one for one in by_ttft if one is not prefill.instance)
+    reached = _kept(*pairs[0])
+    for seen, instance in enumerate(chain([prefill.instance], others)):
         first = weigh_prefill(instance) if seen else prefill
         if seen:
-            # Of the soonest first, a later one's chance is no better.
-            reached = max(_kept(*one) for one in pairs)
-            slack = INDIFFERENT * max(1.0, seen / PATIENCE) + HARM_ERROR * max(0.0, first.own - reached)
+            # Of the soonest first, a later one's chance is no better; and as `search`, with less patience, as
+            # each step weighs all decode instances of a node.
+            slack = INDIFFERENT * 2 ** (seen / PATIENCE) + HARM_ERROR * max(0.0, first.own - reached)
             if reached >= first.own * nearest.own - nearest.harm - slack:
                 break
         if near := beside(instance):
             second = best_of([weigh_decode(one, NODE) for one in near], first.own)
             pairs.append((first, second))
+            reached = max(reached, _kept(first, second))
     fitting = [one for one in pairs if one[1].fits] or pairs
     most = max(_kept(*one) for one in fitting)
     good = [one for one in fitting if _kept(*one) >= most - INDIFFERENT]

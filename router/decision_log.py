@@ -37,6 +37,7 @@ class LoggedDecision(msgspec.Struct, frozen=True, kw_only=True):
             None where there is none.
         prompt_tokens, max_tokens: of the request.
         outstanding: tokens under way on the least loaded instances of each role, as the policy saw them.
+        link: the way that its KV takes (`router.links`).
         scores: what the policy weighed, by instance.
     """
 
@@ -47,6 +48,7 @@ class LoggedDecision(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int
     prefill: str
     decode: str
+    link: str
     outstanding: dict[str, int]
     scores: dict[str, float]
     reason: str
@@ -100,6 +102,7 @@ class DecisionLog:
             max_tokens=request.max_tokens,
             prefill=decision.prefill,
             decode=decision.decode,
+            link=decision.link,
             outstanding={
                 instance.instance_id: instance.outstanding_tokens
                 for role in Role

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from cluster.request import ServeRequest, Timeline
+from router.links import NETWORK, NODE
 from router.policy import Decision
 
 # Some hundred bytes each. A busy ingress is asked about what happened minutes ago, not yesterday.
@@ -20,12 +21,14 @@ class Choice(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     Attributes:
         after_s: since the request came.
+        link: the way that its KV takes: `node`, `network`, or empty for both phases on one instance.
         scores: what the policy weighed, by instance.
     """
 
     after_s: float
     prefill: str
     decode: str
+    link: str
     reason: str
     scores: dict[str, float] = {}
     queue_s: float | None = None
@@ -193,6 +196,7 @@ def _choice(decision: Decision, after_s: float) -> Choice:
         after_s=after_s,
         prefill=decision.prefill,
         decode=decision.decode,
+        link=decision.link,
         reason=decision.reason,
         scores=dict(decision.candidates),
     )
@@ -207,6 +211,9 @@ def _choice(decision: Decision, after_s: float) -> Choice:
 
 def _bound(seconds: float) -> float | None:
     return None if seconds == math.inf else seconds
+
+
+_WAYS = {NODE: " on its node", NETWORK: " over the network"}
 
 
 def explanation_text(found: dict[str, Any]) -> str:
@@ -225,6 +232,7 @@ def explanation_text(found: dict[str, Any]) -> str:
         again = f"attempt {number}, after {choice['after_s']:.2f} s: " if number > 1 else ""
         same = choice["prefill"] == choice["decode"]
         where = f"{choice['prefill']} for both phases" if same else f"{choice['prefill']}, {choice['decode']}"
+        where += _WAYS.get(choice["link"], "")
         lines.append(f"  {again}{where}: {choice['reason']}")
         if choice.get("cached_tokens"):
             lines.append(f"  {choice['cached_tokens']} tokens of its prompt were cached there")

@@ -19,7 +19,7 @@ from router.admission import Admission, retry_s
 from router.decisions import Decisions
 from router.fleet import Fleet
 from router.hop import EngineOutput, Hop
-from router.links import link_between
+from router.links import NETWORK, link_between
 from router.migrations import Migrations, Rebalance
 from router.policy import Decision, Policy, Unsplit
 from router.predictor import Prediction, Predictor
@@ -346,11 +346,14 @@ class Router:
 
     def handed_over(self, hop: Hop, seconds: float) -> None:
         """A hop that reads from a prefill instance has begun to decode, so long after that one's token."""
-        source = self.fleet.view_of(hop.source.instance_id) if hop.source is not None else None
-        reader = self.fleet.view_of(hop.instance_id)
-        if self.predictor is None or source is None or reader is None:
-            return
-        self.predictor.hand_overs.came(link_between(source, reader), len(hop.prompt_token_ids), seconds)
+        if self.predictor is not None and hop.source is not None:
+            link = self.link(hop.source.instance_id, hop.instance_id)
+            self.predictor.hand_overs.came(link, len(hop.prompt_token_ids), seconds)
+
+    def link(self, source: str, reader: str) -> str:
+        """The way from one instance to another (`router.links`); one that has left is not on this node."""
+        there, here = self.fleet.view_of(source), self.fleet.view_of(reader)
+        return link_between(there, here) if there is not None and here is not None else NETWORK
 
     def decide(
         self, request: ServeRequest, avoid: frozenset[str], refused: frozenset[str] = frozenset()

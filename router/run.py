@@ -333,7 +333,10 @@ class Run:
         moved = stats.num_external_cached_tokens
         recomputed = max(0, handle.tokens - moved - stats.num_local_cached_tokens)
         self._router.metrics.kv_tokens_moved.inc(moved)
-        self._router.metrics.kv_bytes_moved.inc(moved * self._router.kv_bytes_per_token(hop.instance_id))
+        if moved and hop.source is not None:
+            moved_bytes = moved * self._router.kv_bytes_per_token(hop.instance_id)
+            link = self._router.link(hop.source.instance_id, hop.instance_id)
+            self._router.metrics.kv_bytes_moved.labels(link=link).inc(moved_bytes)
         self._read = moved > 0 and not recomputed
         if recomputed:
             self._router.metrics.kv_tokens_recomputed.inc(recomputed)

@@ -94,12 +94,12 @@ def test_it_is_told_in_a_few_lines() -> None:
     decisions = Decisions(lambda name: "chatcmpl-a")
     asked = request("r", Slo(ttft_s=0.5))
     decisions.decided(asked, decision(), 10.0)
-    decisions.decided(asked, replace(decision(None), prefill="decode-1"), 10.5)
+    decisions.decided(asked, replace(decision(None), prefill="decode-1", link=""), 10.5)
     decisions.ended(asked, Timeline(arrived_s=10.0, first_token_s=10.4, done_s=12.4), 101, "ok")
     text = explanation_text(json.loads(msgspec.json.encode(decisions.find("r"))))
     assert text.splitlines() == [
         "request chatcmpl-a: 50 prompt tokens, at most 100 of output; SLO TTFT 500 ms",
-        "  prefill-0, decode-1: the soonest",
+        "  prefill-0, decode-1 over the network: the soonest",
         "  32 tokens of its prompt were cached there",
         "  weighed: prefill-0 0.97",
         "  attempt 2, after 0.50 s: decode-1 for both phases: the soonest",

@@ -22,7 +22,9 @@ FOUND = {
     "tenant": "",
     "ttft_bound_s": None,
     "tpot_bound_s": 0.02,
-    "choices": [{"after_s": 0.0, "prefill": "prefill-0", "decode": "decode-1", "reason": "fewest"}],
+    "choices": [
+        {"after_s": 0.0, "prefill": "prefill-0", "decode": "decode-1", "link": "node", "reason": "fewest"}
+    ],
     "outcome": None,
 }
 
@@ -87,7 +89,7 @@ def test_the_command(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "a/b", "--url", url]) == 0
     assert capsys.readouterr().out == (
         "request cmpl-mine-0: 3 prompt tokens, at most 9 of output; SLO TPOT 20 ms\n"
-        "  prefill-0, decode-1: fewest\n"
+        "  prefill-0, decode-1 on its node: fewest\n"
         "  under way\n"
     )
     assert main(["explain", "a/b", "--url", url, "--json"]) == 0

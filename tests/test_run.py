@@ -78,7 +78,8 @@ async def test_kv_is_counted_as_moved() -> None:
     cluster.submit("r", PROMPT, 3)
     await cluster.settle()
     assert cluster.metrics.kv_tokens_moved._value.get() == len(PROMPT)
-    assert cluster.metrics.kv_bytes_moved._value.get() == len(PROMPT) * 2048
+    # Nothing says that they are on different nodes.
+    assert cluster.metrics.kv_bytes_moved.labels(link="node")._value.get() == len(PROMPT) * 2048
     assert cluster.metrics.kv_tokens_recomputed._value.get() == 0
 
 

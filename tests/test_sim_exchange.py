@@ -33,6 +33,20 @@ def spec_of(**sim: Any) -> ClusterSpec:
     )
 
 
+def test_who_shares_a_node_has_its_links_between_them() -> None:
+    """Of an H100 450 GB/s within a node, 50 GB/s of it to others."""
+    spec = spec_of(hardware="h100", shape="llama-3-8b")
+    spec = spec.model_copy(update={"colocate": 2, "decode": spec.decode.model_copy(update={"count": 2})})
+    facts = {"host": "127.0.0.1", "incarnation": "1", "kv_bytes_per_token": 1000}
+    exchange = SocketExchange.of(spec, Role.DECODE, instance_id="decode-0", **facts)
+    handle = {"remote_bytes_per_s": 50e9, "remote_beside_bytes_per_s": 450e9}
+    near, far = (
+        exchange._transfer_s({**handle, "remote_instance": name}, 1000) - spec.sim.network.latency_s
+        for name in ("prefill-0", "decode-1")
+    )
+    assert (near, far) == (pytest.approx(1e6 / 450e9), pytest.approx(1e6 / 50e9))
+
+
 class Twin:
     """An engine with its exchange, its outputs collected."""
 

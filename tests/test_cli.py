@@ -38,10 +38,11 @@ SURFACE = {
         "--slo", "--speedup", "--strict", "--timeline", "--trace", "--unsplit", "spec",
     ],
     "plan": [
-        "--attainment", "--base", "--compare", "--cv", "--gpu", "--gpus-per-node", "--gpus-total", "--html",
-        "--isl", "--jobs", "--json", "--limit", "--max-kw", "--max-model-len", "--max-output", "--model",
-        "--node-gbps", "--nodes", "--objective", "--osl", "--output", "--parts", "--pipeline", "--profile",
-        "--rate", "--ray", "--seed", "--slo", "--speedup", "--sweep", "--tpot", "--trace", "--ttft",
+        "--attainment", "--base", "--by-class", "--compare", "--cv", "--gpu", "--gpus-per-node",
+        "--gpus-total", "--html", "--isl", "--jobs", "--json", "--limit", "--max-kw", "--max-model-len",
+        "--max-output", "--model", "--node-gbps", "--nodes", "--objective", "--osl", "--output", "--parts",
+        "--pipeline", "--profile", "--rate", "--ray", "--seed", "--slo", "--speedup", "--sweep",
+        "--tpot", "--trace", "--ttft",
     ],
     "verify": [
         "--json", "--limit", "--max-model-len", "--max-output", "--model", "--plan", "--rate", "--replay",

@@ -85,6 +85,9 @@ def add_plan(commands: Any) -> argparse.ArgumentParser:
         "--parts", type=count_from, default=3, metavar="N", help="of the workload, for the band"
     )
     plan.add_argument("--jobs", type=count_from, default=os.cpu_count() or 1, metavar="N", help="processes")
+    plan.add_argument(
+        "--by-class", action="store_true", help="also a cluster for each SLO class, and which takes less"
+    )
     plan.add_argument("--ray", metavar="ADDRESS", help="simulate on a Ray cluster ('auto' or host:port)")
     plan.add_argument("--compare", action="store_true", help="print every candidate that was simulated")
     plan.add_argument("--sweep", metavar="WHAT=FROM:TO:STEP", help="rate=1:50:2x, slo_scale=, isl= or gpus=")
@@ -113,6 +116,8 @@ def run_plan(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
         Sweep.of(goal, args.sweep)
     try:
+        if args.by_class:
+            return _by_class(args, goal, say)
         made = plan(goal, jobs=args.jobs, workers=_on_ray(args.ray, goal), say=say)
     except Infeasible as error:
         say(f"pdserve: infeasible: {error.why}")
@@ -135,6 +140,24 @@ def run_plan(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if args.output is not None:
         args.output.write_text(made.to_yaml(), encoding="utf-8")
         say(_next(args))
+    return 0
+
+
+def _by_class(args: argparse.Namespace, goal: Goal, say: Callable[[str], None]) -> int:
+    """A cluster for all beside one for each class. Raises ValueError, Infeasible."""
+    from deploy.planner.by_class import plan_by_class
+
+    if args.ray or args.html or args.sweep:
+        raise ValueError("--by-class goes without --ray, --html and --sweep")
+    made = plan_by_class(goal, jobs=args.jobs, say=say)
+    print(json.dumps(made.to_json(), indent=2) if args.json else made.to_text())
+    if args.output is not None:
+        args.output.write_text(made.together.to_yaml(), encoding="utf-8")
+        say(f"wrote {args.output}")
+        for name, one in (made.apart or {}).items() if made.pays else ():
+            path = args.output.with_name(f"{args.output.stem}-{name}{args.output.suffix}")
+            path.write_text(one.to_yaml(), encoding="utf-8")
+            say(f"wrote {path}, for the requests of class {name}")
     return 0
 
 

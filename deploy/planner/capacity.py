@@ -242,7 +242,7 @@ def _any(_: Deployment) -> bool:
 def splits(
     capacity: Capacity, layouts: Sequence[Layout], fleet: Fleet, allowed: Allowed = _any
 ) -> list[Deployment]:
-    """The best ratio, by closed form, for every pair of layouts (P/D-Serve, arXiv 2408.08147), the one with
+    """The best ratios, by closed forms, for every pair of layouts (P/D-Serve, arXiv 2408.08147), the one with
     the most requests per second and GPU first."""
     found: list[Deployment] = []
     for prefill in layouts:
@@ -256,7 +256,9 @@ def splits(
                 )
                 options += list(islice(filter(allowed, sizes), 1))
             if options:
-                found.append(capacity.placed(max(options, key=capacity.rps)))
+                # Decode instances that have time compute prompts too, which another ratio leaves it.
+                ratios = {max(options, key=capacity.rps), max(options, key=capacity.most_rps)}
+                found += map(capacity.placed, ratios)
     return sorted(found, key=lambda one: (-capacity.rps(one) / one.gpus, one.gpus, str(one)))
 
 

@@ -66,6 +66,9 @@ def test_its_spec_names_the_gpus_of_each_pool() -> None:
     assert spec.prefill.resources == {"accelerator_type:H100": 0.001}
     assert spec.decode.resources == {"accelerator_type:A100": 0.001}
     assert spec_of(goal, pair(A100, A100)).sim.hardware == A100
+    own = replace(goal, base={"prefill": {"resources": {"rack_7": 1.0}, "cpus": 3}})
+    assert spec_of(own, pair()).prefill.resources == {"rack_7": 1.0, "accelerator_type:H100": 0.001}
+    assert spec_of(own, pair()).prefill.cpus == 3
     slow = simulate(goal, pair(A100, H100), 2.0, 0)
     assert simulate(goal, pair(), 2.0, 0).ttft_s[0] < 0.6 * slow.ttft_s[0]
 

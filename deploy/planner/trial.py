@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +104,8 @@ def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
         **base,
         "model": model,
         "engine_options": {**base.get("engine_options", {}), "max_model_len": goal.max_model_len},
-        "prefill": {
-            **base.get("prefill", {}),
-            **_pool(layouts[Role.PREFILL], deployment.prefill_count),
-        },
-        "decode": {**base.get("decode", {}), **_pool(deployment.decode, deployment.decode_count)},
+        "prefill": _pool(layouts[Role.PREFILL], deployment.prefill_count, base.get("prefill", {})),
+        "decode": _pool(deployment.decode, deployment.decode_count, base.get("decode", {})),
         "slo": {**base.get("slo", {}), **_slo(goal)},
         "sim": {**base.get("sim", {}), **sim},
     }
@@ -162,13 +160,13 @@ def goodput(goal: Goal, deployment: Deployment, seed: int, start_rps: float, lea
     return Found(rate_rps=found.rate_rps, trial=trials[at])
 
 
-def _pool(layout: Layout, count: int) -> dict[str, Any]:
-    pool: dict[str, Any] = {"count": count, "tensor_parallel_size": layout.tensor}
+def _pool(layout: Layout, count: int, base: Mapping[str, Any]) -> dict[str, Any]:
+    pool: dict[str, Any] = {**base, "count": count, "tensor_parallel_size": layout.tensor}
     if layout.pipeline > 1:
         pool["pipeline_parallel_size"] = layout.pipeline
     if layout.gpu:  # Ray's own name of what a node has
         family = layout.gpu.partition("-")[0].upper()
-        pool["resources"] = {f"accelerator_type:{family}": 0.001}
+        pool["resources"] = {**base.get("resources", {}), f"accelerator_type:{family}": 0.001}
     return pool
 
 

@@ -201,6 +201,8 @@ def _kvbench(args: argparse.Namespace) -> int:
     from deploy.kvbench.command import run_kvbench
 
     report = run_kvbench(args, say=_say)
+    if report is None:
+        return EXIT_OK
     print(json.dumps(report.to_json(), indent=2) if args.json else report.to_text())
     return EXIT_OK
 

@@ -60,7 +60,10 @@ SURFACE = {
         "--hardware", "--kernels", "--max-concurrency", "--max-prompt", "--model", "--out", "--role",
         "--seconds", "--seed", "--shape", "--spec", "--tensor-parallel-size", "--url",
     ],
-    "kvbench": ["--device", "--json", "--out", "--rounds", "--shape", "--spec", "--tokens", "--transport"],
+    "kvbench": [
+        "--device", "--from", "--json", "--out", "--rounds", "--serve", "--shape", "--spec", "--tokens",
+        "--transport",
+    ],
     "model": ["kind"],
     "down": ["--name"],
 }  # fmt: skip

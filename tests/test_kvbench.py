@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from threading import Thread
 
 import numpy
 import pytest
 
+from cluster.errors import EnvironmentProblem
 from cluster.model_shape import named_shape
 from cluster.spec import TransportName
+from cluster.worker import free_ports
 from deploy.cli import main
 from deploy.kvbench.cases import Bench, flat_bench, layout_bench, layout_of
 from deploy.kvbench.report import KvBenchReport, Link, Row, fit_link
@@ -107,6 +111,34 @@ def test_it_measures_and_keeps_what_it_found(tmp_path: Path, capsys: pytest.Capt
     assert {row["transport"] for row in kept["rows"]} == {"local"}
 
 
+def test_another_machines_memory_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    from deploy.kvbench.measure_torch import own_memory
+    from deploy.kvbench.remote import serve, source_at
+
+    said: list[str] = []
+    (port,) = free_ports("127.0.0.1", 1)
+    here = "127.0.0.1", port
+    serving = Thread(target=serve, args=(here, own_memory, said.append), kwargs={"times": 2}, daemon=True)
+    serving.start()
+    until = time.monotonic() + 30
+    while not said and time.monotonic() < until:
+        time.sleep(0.01)
+    words = ["--from", f"127.0.0.1:{port}", "--transport", "torch", "--rounds", "1", "--tokens", "16"]
+    assert main(["kvbench", *words]) == 0
+    out = capsys.readouterr().out
+    assert "network: {nic_gbps: " in out
+    # What can't be had there is said here.
+    asked = source_at(here)((1024,), "local", "cpu")
+    with pytest.raises(EnvironmentProblem, match="it has nixl and torch, not local for cpu"), asked:
+        pass
+    serving.join(60)
+    assert not serving.is_alive()
+    assert said[0].endswith(f"pdserve kvbench --from 127.0.0.1:{port}")
+    assert said[1] == "127.0.0.1: 256 MiB for torch"
+    assert main(["kvbench", *words]) != 0
+    assert "nobody serves memory at" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -114,6 +146,9 @@ def test_it_measures_and_keeps_what_it_found(tmp_path: Path, capsys: pytest.Capt
         (["--shape", "no-such-model"], "no-such-model"),
         (["--out", "/no/such/place/x.json"], "there is no directory /no/such/place"),
         (["--spec", "no.yaml"], "no.yaml"),
+        (["--from", "nowhere"], "'nowhere', expected HOST:PORT"),
+        (["--serve", "127.0.0.1:99999"], "expected HOST:PORT"),
+        (["--from", "127.0.0.1:9", "--transport", "local"], "this machine's memory only"),
     ],
 )
 def test_bad_input_is_said_in_a_line(
@@ -134,8 +169,8 @@ def test_content_that_arrives_otherwise_is_a_failure(monkeypatch: pytest.MonkeyP
     class Shifted:
         """Reads one word too far."""
 
-        def __init__(self, name: TransportName, device: str) -> None:
-            self._inner = stock(name, device)
+        def __init__(self, name: TransportName, device: str, host: str = "127.0.0.1") -> None:
+            self._inner = stock(name, device, host)
             self.name, self.register, self.connect = "local", self._inner.register, self._inner.connect
             self.close = self._inner.close
 

@@ -22,7 +22,14 @@ NAMES: tuple[TransportName, ...] = get_args(TransportName)
 
 def add_kvbench(commands: Any) -> Any:
     """Add the command to a parser's subcommands; returns its parser."""
-    bench = commands.add_parser("kvbench", help="measure how fast KV moves between two processes here")
+    bench = commands.add_parser(
+        "kvbench", help="measure how fast KV moves between two processes, or machines"
+    )
+    where = bench.add_mutually_exclusive_group()
+    where.add_argument("--serve", metavar="HOST:PORT", help="let another machine read this one's memory")
+    where.add_argument(
+        "--from", dest="source", metavar="HOST:PORT", help="read of the machine that serves there"
+    )
     whose = bench.add_mutually_exclusive_group()
     whose.add_argument(
         "--spec",
@@ -52,17 +59,23 @@ def add_kvbench(commands: Any) -> Any:
     return bench
 
 
-def run_kvbench(args: argparse.Namespace, say: Callable[[str], None]) -> KvBenchReport:
-    """Measure. Raises ValueError and SpecError for bad input, EnvironmentProblem for what is not here."""
+def run_kvbench(args: argparse.Namespace, say: Callable[[str], None]) -> KvBenchReport | None:
+    """Measure; or let another machine measure, which gives no report. Raises ValueError and SpecError for bad
+    input, EnvironmentProblem for what is not here."""
     require_directories(args.out)
     try:
         from deploy.kvbench.cases import flat_bench
-        from deploy.kvbench.measure_torch import measure
+        from deploy.kvbench.measure_torch import measure, own_memory
+        from deploy.kvbench.remote import address_of, serve, source_at
         from deploy.kvbench.report import KvBenchReport, fit_link
     except ImportError as error:
         raise EnvironmentProblem(
             problem=f"{error.name} is not there", remedy="install pdserve's 'gpu' or 'cpu' extra"
         ) from error
+    if args.serve is not None:
+        serve(address_of(args.serve), own_memory, say)
+        return None
+    source = source_at(address_of(args.source)) if args.source is not None else None
     benches = [flat_bench(), *_layout_benches(args)]
     names = list(dict.fromkeys(args.transport))
     if args.device == "cuda":
@@ -71,12 +84,22 @@ def run_kvbench(args: argparse.Namespace, say: Callable[[str], None]) -> KvBench
             raise ValueError(
                 "--transport local reads main memory only: give --transport nixl or torch for --device cuda"
             )
+    if source is not None:
+        names = [name for name in names if name != "local"]
+        if not names:
+            raise ValueError(
+                "--transport local reads this machine's memory only: give nixl or torch with --from"
+            )
     rows: list[Row] = []
     for bench in benches:
         for name in names:
-            rows += measure(bench, transport=name, device=args.device, rounds=args.rounds, say=say)
+            rows += measure(
+                bench, transport=name, device=args.device, rounds=args.rounds, say=say, source=source
+            )
     links = tuple(fit_link(name, rows) for name in names)
-    report = KvBenchReport(device=args.device, rows=tuple(rows), links=links)
+    report = KvBenchReport(
+        device=args.device, rows=tuple(rows), links=links, between_nodes=source is not None
+    )
     if args.out is not None:
         report.save(args.out)
     return report

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median
 
@@ -15,6 +16,7 @@ import torch
 from cluster.errors import EnvironmentProblem
 from cluster.spec import TransportName
 from deploy.kvbench.cases import Bench, Case
+from deploy.kvbench.remote import Source
 from deploy.kvbench.report import Row
 from kv_transfer.plan import Runs
 from kv_transfer.transport import Peer, Region, Transfer, TransferFailed, Transport
@@ -26,14 +28,14 @@ MOST_CHECKED = 512
 WORD_BYTES = 4
 
 
-def open_transport(name: TransportName, device: str) -> Transport:
+def open_transport(name: TransportName, device: str, host: str = "127.0.0.1") -> Transport:
     """Raises EnvironmentProblem when it is not there."""
     if device == "cpu":
         # As engines on CPUs have it; a choice of the user's stays.
         os.environ.setdefault("UCX_TLS", "tcp,shm,self,cma")
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     try:
-        return make_transport(name, "127.0.0.1")
+        return make_transport(name, host)
     except ImportError as error:
         raise EnvironmentProblem(
             problem=f"the library of transport {name} is not there ({error})",
@@ -42,11 +44,22 @@ def open_transport(name: TransportName, device: str) -> Transport:
 
 
 def measure(
-    bench: Bench, *, transport: TransportName, device: str, rounds: int, say: Callable[[str], None]
+    bench: Bench,
+    *,
+    transport: TransportName,
+    device: str,
+    rounds: int,
+    say: Callable[[str], None],
+    source: Source | None = None,
 ) -> list[Row]:
-    """All cases, round by round. Raises TransferFailed for what did not arrive as it was sent."""
+    """All cases, round by round. Raises TransferFailed for what did not arrive as it was sent.
+
+    Args:
+        source: whose memory is read; another process' here by default.
+    """
     torch.set_num_threads(1)
-    with _source(bench.source_regions, transport, device) as described:
+    memory = source or own_memory("127.0.0.1")
+    with memory(bench.source_regions, transport, device) as described:
         reader = _Reader(bench, transport, device, described)
         try:
             times: list[list[tuple[float, float]]] = [[] for _ in bench.cases]
@@ -148,7 +161,9 @@ def _regions(memory: list[torch.Tensor]) -> list[Region]:
     ]
 
 
-def _be_source(sizes: tuple[int, ...], transport: TransportName, device: str, pipe: Connection) -> None:
+def _be_source(
+    sizes: tuple[int, ...], transport: TransportName, device: str, host: str, pipe: Connection
+) -> None:
     """Has memory to be read, until told to end. A word's content is its place, and its region added."""
     memory = [
         torch.arange(_words(size), dtype=torch.int32, device=device) + number
@@ -156,17 +171,22 @@ def _be_source(sizes: tuple[int, ...], transport: TransportName, device: str, pi
     ]
     if device == "cuda":
         torch.cuda.synchronize()
-    source = open_transport(transport, device)
+    source = open_transport(transport, device, host)
     pipe.send(source.register(_regions(memory)))
     pipe.poll(None)
     source.close()
 
 
+def own_memory(host: str) -> Source:
+    """Memory of another process on this machine, which others reach at `host`."""
+    return partial(_source, host)
+
+
 @contextmanager
-def _source(sizes: tuple[int, ...], transport: TransportName, device: str) -> Iterator[bytes]:
+def _source(host: str, sizes: tuple[int, ...], transport: TransportName, device: str) -> Iterator[bytes]:
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    process = spawn.Process(target=_be_source, args=(sizes, transport, device, there), daemon=True)
+    process = spawn.Process(target=_be_source, args=(sizes, transport, device, host, there), daemon=True)
     process.start()
     there.close()
     try:

@@ -79,16 +79,17 @@ def fit_link(transport: str, rows: Sequence[Row]) -> Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvBenchReport:
-    """All of a run of `pdserve kvbench`."""
+    """All of a run of `pdserve kvbench`; `between_nodes` where another machine's memory was read."""
 
     device: str
     rows: tuple[Row, ...]
     links: tuple[Link, ...]
+    between_nodes: bool = False
 
     def network(self, link: Link) -> dict[str, float]:
-        """A spec's `network` with this link within a node."""
+        """A spec's `network` with this link, within a node or between nodes."""
         return {
-            "nvlink_gbps": round(link.bytes_per_s * 8 / 1e9, 1),
+            "nic_gbps" if self.between_nodes else "nvlink_gbps": round(link.bytes_per_s * 8 / 1e9, 1),
             "latency_s": round(link.latency_s, 6),
         }
 

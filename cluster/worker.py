@@ -17,6 +17,7 @@ from cluster.engine import Doorman, Engine, EngineDied
 from cluster.errors import EnvironmentProblem
 from cluster.instance import EngineFacts, InstanceState, Role
 from cluster.latency import LatencyModel
+from cluster.placement import placements_of
 from cluster.spec import ClusterSpec
 
 if TYPE_CHECKING:  # a worker on a GPU has none
@@ -104,7 +105,12 @@ class Worker:
         )
         address = await self._hosting.bind(self._host)
         self.state = InstanceState.READY
-        return Ready(address=address, node=socket.gethostname(), pid=os.getpid(), facts=facts)
+        node = socket.gethostname()
+        if self._spec.engine == "sim" and self._spec.colocate:  # as far apart as their transfers take it
+            node = next(
+                f"node-{p.node}" for p in placements_of(self._spec) if p.instance_id == self._instance_id
+            )
+        return Ready(address=address, node=node, pid=os.getpid(), facts=facts)
 
     async def run(self) -> str:
         """Serve until drained or until the engine dies; returns how it ended."""

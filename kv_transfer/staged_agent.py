@@ -145,13 +145,17 @@ class StagedAgent:
         to, of = numpy.asarray(local_indices), numpy.asarray(remote_indices)
         stage = numpy.searchsorted(numpy.array(remote.begins), of, side="right") - 1
         parts = _Parts([])
-        for number, (handle, begin) in enumerate(zip(remote.handles, remote.begins, strict=True)):
-            mine = stage == number
-            # A read of whole blocks is of all layers, so of every stage.
-            part = self._agent.make_prepped_xfer(
-                operation, local, to[mine], handle, of[mine] - begin, notif_msg=notif_msg, **more
-            )
-            parts.handles.append(part)
+        try:
+            for number, (handle, begin) in enumerate(zip(remote.handles, remote.begins, strict=True)):
+                mine = stage == number
+                # A read of whole blocks is of all layers, so of every stage.
+                part = self._agent.make_prepped_xfer(
+                    operation, local, to[mine], handle, of[mine] - begin, notif_msg=notif_msg, **more
+                )
+                parts.handles.append(part)
+        except Exception:
+            self.release_xfer_handle(parts)
+            raise
         return parts
 
     def transfer(self, handle: Any, *args: Any) -> str:
@@ -171,13 +175,16 @@ class StagedAgent:
         return self.check_xfer_state(handle)
 
     def check_xfer_state(self, handle: Any) -> str:
-        """DONE when all are; ERR when one is and none is under way."""
+        """DONE when all are; ERR when one is, or can't be asked, and none is under way."""
         if not isinstance(handle, _Parts):
             state: str = self._agent.check_xfer_state(handle)
             return state
         under_way = []
         for part in handle.left:
-            found = self._agent.check_xfer_state(part)
+            try:
+                found = self._agent.check_xfer_state(part)
+            except Exception:  # as NIXL tells of a peer that is gone
+                found = "ERR"
             if found == "PROC":
                 under_way.append(part)
             elif found != "DONE":
@@ -204,9 +211,17 @@ class StagedAgent:
         if not isinstance(handle, _Parts):
             self._agent.release_xfer_handle(handle)
             return
-        while handle.handles:
-            self._agent.release_xfer_handle(handle.handles[-1])
-            handle.handles.pop()
+        first: Exception | None = None
+        for part in list(handle.handles):
+            try:
+                self._agent.release_xfer_handle(part)
+            except Exception as error:
+                first = first or error
+            else:  # it is never asked again
+                handle.handles.remove(part)
+                handle.left = [one for one in handle.left if one is not part]
+        if first is not None:
+            raise first
 
     def _prepare(self, agent: str, rows: Any, mem_type: str | None) -> Any:
         return self._agent.prep_xfer_dlist(agent, self._agent.get_xfer_descs(rows, mem_type))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from router.links import NETWORK, NODE
 from router.view import InstanceView
 
 # Differences of expected requests that mean nothing: then the one that is done soonest is taken.
@@ -115,37 +113,34 @@ def best_of(choices: Sequence[Choice], weight: float) -> Choice:
 
 
 def best_pair(
-    pair: tuple[Choice, Choice],
-    by_ttft: Sequence[InstanceView],
-    beside: Callable[[InstanceView], Sequence[InstanceView]],
+    far: tuple[Choice, Choice],
+    nearest: Choice,
+    nodes: Iterable[tuple[InstanceView, Sequence[InstanceView]]],
     weigh_prefill: Callable[[InstanceView], Choice],
-    weigh_decode: Callable[[InstanceView, str], Choice],
+    weigh_decode: Callable[[InstanceView], Choice],
     output: int,
 ) -> tuple[Choice, Choice]:
     """The best pair, with what the way between its two instances takes.
 
     Args:
-        pair: the best of each phase, which are on different nodes; the latter weighed as if it were near, so
-            that together they are as good as any pair can be.
-        by_ttft: the prefill instances, the soonest first.
-        beside: the decode instances on the node of a prefill instance.
-        weigh_decode: with the way there.
+        far: the best of each phase, which are on different nodes, with what that takes.
+        nearest: the latter as if it were near: no pair has a better one.
+        nodes: prefill instances, the soonest first, each with the decode instances of its node.
+        weigh_decode: of a near one.
         output: expected tokens of the answer.
     """
-    prefill, nearest = pair
-    pairs = [(prefill, weigh_decode(nearest.instance, NETWORK))]
-    others = (one for one in by_ttft if one is not prefill.instance)
-    reached = _kept(*pairs[0])
-    for seen, instance in enumerate(chain([prefill.instance], others)):
-        first = weigh_prefill(instance) if seen else prefill
+    pairs = [far]
+    reached = _kept(*far)
+    for seen, (instance, beside) in enumerate(nodes):
+        first = weigh_prefill(instance)
         if seen:
             # Of the soonest first, a later one's chance is no better; and as `search`, with less patience, as
             # each step weighs all decode instances of a node.
             slack = INDIFFERENT * 2 ** (seen / PATIENCE) + HARM_ERROR * max(0.0, first.own - reached)
             if reached >= first.own * nearest.own - nearest.harm - slack:
                 break
-        if near := beside(instance):
-            second = best_of([weigh_decode(one, NODE) for one in near], first.own)
+        if beside:
+            second = best_of([weigh_decode(one) for one in beside], first.own)
             pairs.append((first, second))
             reached = max(reached, _kept(first, second))
     fitting = [one for one in pairs if one[1].fits] or pairs

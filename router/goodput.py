@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from cluster.instance import Role
@@ -29,6 +30,9 @@ CLEAR = 0.4
 # Who has less than that in its own pool may have its prompt computed among decodes: what it does to them is
 # known less well, so not for a little.
 SURE = 0.5
+# A prompt that takes longer is not computed there: who is handed over to that instance meanwhile waits for
+# all of it, as it takes what each iteration has room for.
+MOST_AMONG_S = 2.0
 # A request's part in the order of batches: of those that are as fast, the one with the fewest comes first.
 TIE_S = 1e-9
 # Of the usual ones that an instance has no more time for, the others find their place elsewhere.
@@ -82,19 +86,24 @@ class Goodput:
                 lambda instance: self._prefill_among(request, instance, output, cached, usual, now_s),
                 decode.own,
             )
-            prefill = best_of([prefill, among], decode.own)
+            if among.work_s <= MOST_AMONG_S:
+                prefill = best_of([prefill, among], decode.own)
             if prefill.instance.info.role is Role.DECODE:
                 # Then it stays there, unless that costs more than moving its KV.
                 here = self._decode(request, prefill.instance, output, usual, NONE)
                 if here.fits and here.kept(prefill.own) >= decode.kept(prefill.own) - INDIFFERENT:
                     decode = here
         if link_between(prefill.instance, decode.instance) == NETWORK:
+            soonest = chain([prefill.instance], (one for one in by_ttft if one is not prefill.instance))
             prefill, decode = best_pair(
-                (prefill, decode),
-                by_ttft,
-                lambda instance: view.beside(instance, Role.DECODE),
+                (
+                    self._from_afar(request, prefill),
+                    self._decode(request, decode.instance, output, usual, NETWORK),
+                ),
+                decode,
+                ((one, view.beside(one, Role.DECODE)) for one in soonest),
                 weigh_prefill,
-                lambda instance, link: self._decode(request, instance, output, usual, link),
+                lambda instance: self._decode(request, instance, output, usual, NODE),
                 output,
             )
         return self._decision(request, prefill, decode, output)
@@ -199,6 +208,14 @@ class Goodput:
         return Choice(
             instance, own, harm + sum(common), seconds, 0.0, queue_s, work_s, found, True, common, load_s
         )
+
+    def _from_afar(self, request: ServeRequest, choice: Choice) -> Choice:
+        """Where no token comes from the prefill instance, the first one waits for the hand-over."""
+        if request.handoff is Handoff.TOKENS:
+            return choice
+        seconds = choice.seconds + self._predictor.delay_s(NETWORK, len(request.prompt_token_ids), 0.0)
+        spread = choice.instance.prefill_pace.spread(seconds, choice.queue_s)
+        return choice._replace(seconds=seconds, own=chance(request.slo.ttft_s, seconds, spread))
 
     def _prefill_among(
         self,

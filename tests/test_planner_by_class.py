@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 from cluster.request import Slo
 from cluster.spec import load_spec
 from deploy.cli import main
+from deploy.planner import by_class
 from deploy.planner.by_class import ByClass, plan_by_class
-from deploy.planner.goal import Goal
+from deploy.planner.goal import Goal, Infeasible
+from deploy.planner.search import plan
+from deploy.planner.trial import simulate
 from deploy.slo_classes import SloClass
 from tests.plans import goal_of, short_trials
 
@@ -57,16 +61,41 @@ def test_clusters_of_their_own_have_names_of_their_own(found: ByClass) -> None:
     assert names == ["plan-chat", "plan-bulk"]
 
 
-def test_a_class_that_gets_nothing_decides_for_one_cluster() -> None:
-    goal = two_classes(max_model_len=8192)
+def test_one_cluster_keeps_enough_of_every_class(found: ByClass) -> None:
+    trial = found.together.chosen.trial
+    least = simulate(found.together.goal, found.together.chosen.deployment, trial.rate_rps, 0)
+    of_all = simulate(replace(found.together.goal, each_class=False), trial.deployment, trial.rate_rps, 0)
+    assert trial.attainment == least.attainment <= of_all.attainment
     tight = replace(CHAT, slo=Slo(ttft_s=0.25, tpot_s=1e-6))
-    # Nine of ten are of the other class, so a cluster for all keeps enough of them.
+    goal = two_classes(max_model_len=8192)
+    # One of twenty is of this class: enough of all are kept without it, and not of each.
     few = [replace(r, input_tokens=3000 if i % 20 == 0 else 4000) for i, r in enumerate(goal.requests)]
-    found = plan_by_class(replace(goal, requests=few, classes=(tight, BULK)))
-    assert found.apart is None
-    assert not found.pays
-    assert "one cluster for all: apart, some class" in found.to_text()
-    assert json.loads(json.dumps(found.to_json()))["apart_price"] is None
+    goal = replace(goal, requests=few, classes=(tight, BULK))
+    assert plan(goal).chosen.trial.attainment >= goal.attainment
+    with pytest.raises(Infeasible):
+        plan_by_class(goal)
+
+
+def test_what_is_not_there_for_all_is_no_answer(found: ByClass) -> None:
+    goal = two_classes(max_model_len=8192)
+    apart = [made.chosen.deployment for made in (found.apart or {}).values()]
+    assert sum(one.gpus for one in apart) >= 2
+    assert by_class._too_much(goal, apart) == ""
+    said = by_class._too_much(replace(goal, gpus=1), apart)
+    assert said == f"apart they take {sum(one.gpus for one in apart)} GPUs of 1"
+    assert "kW of 0.1" in by_class._too_much(replace(goal, max_watts={"all": 100.0}), apart)
+    none = replace(found, apart=None, apart_price=math.inf)
+    assert not none.pays
+    assert "one cluster for all: there is not enough" in none.to_text()
+    assert json.loads(json.dumps(none.to_json()))["apart_price"] is None
+
+
+def test_the_keys_of_a_class_are_its_own() -> None:
+    base = {"name": "chat", "slo": {"by_api_key": {"a": "chat", "b": "bulk"}}}
+    assert by_class._base_of(replace(two_classes(), base=base), "bulk") == {
+        "name": "chat-bulk",
+        "slo": {"by_api_key": {"b": "bulk"}},
+    }
 
 
 def test_what_has_no_classes_is_refused() -> None:
@@ -75,6 +104,8 @@ def test_what_has_no_classes_is_refused() -> None:
         ({"objective": "goodput_per_gpu"}, "compares what a rate takes"),
         ({"classes": (BULK,)}, "needs several classes"),
         ({"classes": (CHAT, replace(BULK, slo=Slo(tpot_s=0.2)))}, "class bulk has no bound"),
+        ({"classes": (CHAT, replace(BULK, name="Bulk/2"))}, "part of a cluster's name"),
+        ({"classes": (replace(CHAT, input_below=5000), BULK)}, "class bulk has 0 requests"),
     ):
         with pytest.raises(ValueError, match=says):
             plan_by_class(replace(goal, **changed))

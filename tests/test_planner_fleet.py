@@ -66,6 +66,14 @@ def test_its_spec_names_the_gpus_of_each_pool() -> None:
     assert spec.prefill.resources == {"accelerator_type:H100": 0.001}
     assert spec.decode.resources == {"accelerator_type:A100": 0.001}
     assert spec_of(goal, pair(A100, A100)).sim.hardware == A100
+    # Another plan's spec as the base.
+    planned = {"policy": "unsplit", "colocate": 8}
+    planned |= {
+        role: {"pipeline_parallel_size": 2, "resources": {"accelerator_type:L40S": 1}} for role in Role
+    }
+    again = spec_of(replace(goal, base=planned), pair())
+    assert (again.policy, again.colocate, again.prefill.pipeline_parallel_size) == ("goodput", None, 1)
+    assert again.decode.resources == {"accelerator_type:A100": 0.001}
     own = replace(goal, base={"prefill": {"resources": {"rack_7": 1.0}, "cpus": 3}})
     assert spec_of(own, pair()).prefill.resources == {"rack_7": 1.0, "accelerator_type:H100": 0.001}
     assert spec_of(own, pair()).prefill.cpus == 3
@@ -91,8 +99,10 @@ def test_what_is_dearer_and_does_less_is_no_candidate() -> None:
     assert [price(one) for one in found] == sorted(price(one) for one in found)
     for one in found:
         same = [other for other in found if (other.prefill, other.decode) == (one.prefill, one.decode)]
+        cheaper = [other for other in same if price(other) < price(one)]
         assert not any(
-            price(other) <= price(one) and capacity.rps(other) > capacity.rps(one) for other in same
+            capacity.rps(other) >= capacity.rps(one) and capacity.most_rps(other) >= capacity.most_rps(one)
+            for other in cheaper
         )
 
 

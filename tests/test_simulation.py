@@ -275,6 +275,18 @@ def test_instances_without_the_split_slow_each_other_too(tmp_path: Path) -> None
     assert long.end_s == pytest.approx(0.55 + 10 * 0.02)
 
 
+def test_prompts_have_a_factor_of_their_own(tmp_path: Path) -> None:
+    """Of three requests one decodes, alone, while the others' prompts come and go on the other instance."""
+    for found, factor in (({"decode_contention": ((8, 2.0),)}, 2.0), ({"prefill_contention": 1.5}, 1.0)):
+        profile = profile_file(tmp_path, **found)
+        spec = spec_of(sim={"profile": profile, "max_model_len": 512})
+        asked = [WorkloadRequest(arrival_s=at_s, input_tokens=64, output_tokens=21) for at_s in (0.0, 0.14)]
+        first, second = Simulation(spec, asked).run().requests
+        # 0.1 s of prompt, 2 tokens of 0.02 s, then 0.1 or 0.15 s of the second's prompt.
+        slowed = (second.ttft_s or 0.0) / (0.02 * factor)
+        assert first.end_s == pytest.approx(0.14 + (second.ttft_s or 0.0) + (18 - slowed) * 0.02, abs=1e-6)
+
+
 def test_a_batch_that_is_slowed_less_takes_less_longer(tmp_path: Path) -> None:
     profile = profile_file(tmp_path, decode_contention=((1, 2.0), (2, 1.5)))
     spec = spec_of(sim={"profile": profile, "max_model_len": 512})

@@ -126,6 +126,8 @@ class Slow:
         return agent
 
     def make_prepped_xfer(self, _: str, __: Any, ___: Any, remote: str, *____: Any, **_____: Any) -> int:
+        if self.states[int(remote)] == "NOT MADE":
+            raise RuntimeError("no such memory")
         return int(remote)
 
     def transfer(self, handle: int) -> str:
@@ -134,20 +136,28 @@ class Slow:
         return self.check_xfer_state(handle)
 
     def check_xfer_state(self, handle: int) -> str:
+        assert handle not in self.released, "asked for what was given back"
+        if self.states[handle] == "GONE":
+            raise RuntimeError("the peer is gone")
         return self.states[handle]
 
     def release_xfer_handle(self, handle: int) -> None:
         if self.states[handle] == "PROC":
             raise RuntimeError("under way")
+        assert handle not in self.released, "given back twice"
         self.released.append(handle)
 
 
-def slow_read(*states: str) -> tuple[Slow, StagedAgent, Any]:
+def slow_stages(*states: str) -> tuple[Slow, StagedAgent, Any]:
     inner = Slow(*states)
     agent = StagedAgent(inner)
     name = agent.add_remote_agent(staged([StageCard(str(n).encode(), 1, 0) for n in range(len(states))]))
     rows = numpy.zeros((len(states) * 4, 3))
-    theirs = agent.prep_xfer_dlist(name, agent.get_xfer_descs(rows))
+    return inner, agent, agent.prep_xfer_dlist(name, agent.get_xfer_descs(rows))
+
+
+def slow_read(*states: str) -> tuple[Slow, StagedAgent, Any]:
+    inner, agent, theirs = slow_stages(*states)
     every = numpy.arange(len(states)) * 4
     return inner, agent, agent.make_prepped_xfer("READ", "own", every, theirs, every)
 
@@ -161,6 +171,26 @@ def test_nothing_is_called_failed_while_a_part_writes() -> None:
     assert agent.check_xfer_state(handle) == "ERR"
     agent.release_xfer_handle(handle)
     assert sorted(inner.released) == [0, 1]
+
+
+def test_a_stage_that_is_gone_is_given_back_once_and_not_asked_again() -> None:
+    inner, agent, handle = slow_read("PROC", "GONE")
+    assert agent.transfer(handle) == "PROC"
+    with pytest.raises(RuntimeError, match="under way"):
+        agent.release_xfer_handle(handle)
+    assert inner.released == [1]
+    assert agent.check_xfer_state(handle) == "PROC"
+    inner.states[0] = "DONE"
+    assert agent.check_xfer_state(handle) == "ERR"
+    agent.release_xfer_handle(handle)
+    assert sorted(inner.released) == [0, 1]
+
+
+def test_a_read_that_one_stage_can_not_have_leaves_nothing_behind() -> None:
+    inner, agent, theirs = slow_stages("DONE", "NOT MADE")
+    with pytest.raises(RuntimeError, match="no such memory"):
+        agent.make_prepped_xfer("READ", "own", [0, 4], theirs, [0, 4])
+    assert inner.released == [0]
 
 
 def test_a_part_that_does_not_begin_fails_the_read_when_the_others_rest() -> None:

@@ -59,8 +59,8 @@ def measure(
     """
     torch.set_num_threads(1)
     memory = source or own_memory("127.0.0.1")
-    with memory(bench.source_regions, transport, device) as described:
-        reader = _Reader(bench, transport, device, described)
+    with memory(bench.source_regions, transport, device) as (described, host):
+        reader = _Reader(bench, open_transport(transport, device, host), device, described)
         try:
             times: list[list[tuple[float, float]]] = [[] for _ in bench.cases]
             for number in range(rounds + 1):
@@ -89,14 +89,14 @@ def measure(
 class _Reader:
     """Reads from a source in another process."""
 
-    def __init__(self, bench: Bench, transport: TransportName, device: str, described: bytes) -> None:
+    def __init__(self, bench: Bench, transport: Transport, device: str, described: bytes) -> None:
         self._device = device
         self._memory = [
             torch.zeros(_words(size), dtype=torch.int32, device=device) for size in bench.target_regions
         ]
         longest = max(case.bytes for case in bench.cases)
         self._copied = [torch.ones(_words(longest), dtype=torch.int32, device=device) for _ in range(2)]
-        self._transport = open_transport(transport, device)
+        self._transport = transport
         self._transport.register(_regions(self._memory))
         self._peer: Peer = self._transport.connect(described)
 
@@ -183,7 +183,9 @@ def own_memory(host: str) -> Source:
 
 
 @contextmanager
-def _source(host: str, sizes: tuple[int, ...], transport: TransportName, device: str) -> Iterator[bytes]:
+def _source(
+    host: str, sizes: tuple[int, ...], transport: TransportName, device: str
+) -> Iterator[tuple[bytes, str]]:
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=_be_source, args=(sizes, transport, device, host, there), daemon=True)
@@ -195,7 +197,7 @@ def _source(host: str, sizes: tuple[int, ...], transport: TransportName, device:
                 problem="the process to be read from did not start",
                 remedy="see what it wrote, and give it more memory or a smaller --tokens",
             )
-        yield here.recv()
+        yield here.recv(), host
     except EOFError as error:
         raise EnvironmentProblem(
             problem="the process to be read from ended",

@@ -16,7 +16,9 @@ from typing import Any
 from cluster.errors import EnvironmentProblem, ServingError
 from cluster.spec import TransportName
 
-Source = Callable[[tuple[int, ...], TransportName, str], AbstractContextManager[bytes]]
+# Given sizes, transport and device: what the transport describes of such memory, and the address at which
+# this machine is reached from there.
+Source = Callable[[tuple[int, ...], TransportName, str], AbstractContextManager[tuple[bytes, str]]]
 
 BETWEEN_MACHINES = ("nixl", "torch")
 CONNECT_S, ANSWER_S = 10.0, 90.0
@@ -78,7 +80,7 @@ def _give(connection: socket.socket, source: Source, who: str, say: Callable[[st
         return
     say(f"{who}{sum(sizes) / 2**20:,.0f} MiB for {transport}")
     try:
-        with source(sizes, transport, device) as described:
+        with source(sizes, transport, device) as (described, _):
             _send(connection, {"described": base64.b64encode(described).decode()})
             connection.settimeout(None)
             _keep_alive(connection)
@@ -91,7 +93,7 @@ def source_at(address: tuple[str, int]) -> Source:
     """Memory of the machine that serves there. Raises EnvironmentProblem, when it is asked for."""
 
     @contextmanager
-    def ask(sizes: tuple[int, ...], transport: TransportName, device: str) -> Iterator[bytes]:
+    def ask(sizes: tuple[int, ...], transport: TransportName, device: str) -> Iterator[tuple[bytes, str]]:
         where = f"{address[0]}:{address[1]}"
         try:
             connection = socket.create_connection(address, timeout=CONNECT_S)
@@ -111,7 +113,7 @@ def source_at(address: tuple[str, int]) -> Source:
                 ) from None
             if "error" in answer:
                 raise EnvironmentProblem(problem=f"at {where}: {answer['error']}", remedy="mend it there")
-            yield base64.b64decode(answer["described"])
+            yield base64.b64decode(answer["described"]), connection.getsockname()[0]
 
     return ask
 

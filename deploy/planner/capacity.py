@@ -305,10 +305,11 @@ def front(
 def _undominated(
     capacity: Capacity, sizes: Iterable[Deployment], price: Callable[[Deployment], float]
 ) -> Iterator[Deployment]:
-    most = 0.0
+    apart = together = 0.0
     for one in sorted(sizes, key=lambda one: (price(one), -capacity.rps(one), str(one))):
-        if (rps := capacity.rps(one)) > most:
-            most = rps
+        rps, most_rps = capacity.rps(one), capacity.most_rps(one)
+        if rps > apart or most_rps > together:
+            apart, together = max(apart, rps), max(together, most_rps)
             yield one
 
 

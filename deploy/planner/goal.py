@@ -49,6 +49,7 @@ class Goal:
         requests: the workload, at the rate that must be held.
         classes: SLO classes; each request is in one of them.
         attainment: share of the requests that shall keep both bounds, 0 to 1.
+        each_class: whether that is of each class, and not only of all requests together.
         pipeline: whether layouts with pipeline stages may be chosen, which in decode instances only twins can
             serve yet.
         seeds: parts of the workload that a figure is the mean of.
@@ -68,6 +69,7 @@ class Goal:
     profiles: Mapping[Layout, str] = field(default_factory=dict)
     fleet: Mapping[str, int] = field(default_factory=dict)
     attainment: float = 0.9
+    each_class: bool = False
     objective: Objective = "goodput_per_gpu"
     pipeline: bool = False
     seeds: int = 3

@@ -25,6 +25,8 @@ RUN_BOUNDS = 2.0
 WARM_UP = 0.25
 # The bracket around a goodput that is found.
 TOLERANCE = 0.02
+# What a node's resource for its type of GPU begins with.
+GPU_TYPE = "accelerator_type:"
 # From one rate to the next.
 STRIDE = 1.3
 
@@ -34,7 +36,8 @@ class Trial:
     """What a candidate did at a rate.
 
     Attributes:
-        attainment: share of the requests that kept both bounds.
+        attainment: share of the requests that kept both bounds; of the class with the least where the goal is
+            of each.
         ttft_s, tpot_s: (median, 99th percentile) of those that were answered.
         prefill_busy, decode_busy: shares of the time in which requests came that the instances of a pool
             computed, up to 1.
@@ -87,7 +90,9 @@ def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
     names = [hardware.name for hardware in gpus.values() if hardware is not None]
     if names:
         sim["hardware"] = names[0] if len(set(names)) == 1 else dict(zip(map(str, Role), names, strict=True))
-    base = goal.base
+    # What the candidate says, its base does not: the base may be another plan's spec.
+    base = {key: value for key, value in goal.base.items() if (key, value) != ("policy", UNSPLIT)}
+    base.pop("colocate", None)
     model = base.get("model", goal.model)
     if goal.shape is not None and goal.shape.name != model:
         sim["shape"] = goal.model if model != goal.model else goal.shape.name
@@ -129,7 +134,7 @@ def simulate(goal: Goal, deployment: Deployment, rate_rps: float, seed: int) -> 
     count = max(LEAST_REQUESTS, min(MOST_REQUESTS, RUN_S * rate_rps), RUN_BOUNDS * longest_s * rate_rps)
     requests, classes = goal.part(seed, round(count), rate_rps)
     result = Simulation(spec_of(goal, deployment), requests, classes, seed=seed).run()
-    return _trial(result, deployment, rate_rps, seed)
+    return _trial(result, deployment, rate_rps, seed, each_class=goal.each_class)
 
 
 def goodput(goal: Goal, deployment: Deployment, seed: int, start_rps: float, least_rps: float = 0.0) -> Found:
@@ -162,11 +167,12 @@ def goodput(goal: Goal, deployment: Deployment, seed: int, start_rps: float, lea
 
 def _pool(layout: Layout, count: int, base: Mapping[str, Any]) -> dict[str, Any]:
     pool: dict[str, Any] = {**base, "count": count, "tensor_parallel_size": layout.tensor}
+    pool.pop("pipeline_parallel_size", None)
     if layout.pipeline > 1:
         pool["pipeline_parallel_size"] = layout.pipeline
     if layout.gpu:  # Ray's own name of what a node has
-        family = layout.gpu.partition("-")[0].upper()
-        pool["resources"] = {**base.get("resources", {}), f"accelerator_type:{family}": 0.001}
+        kept = {key: of for key, of in base.get("resources", {}).items() if not key.startswith(GPU_TYPE)}
+        pool["resources"] = {**kept, f"{GPU_TYPE}{layout.gpu.partition('-')[0].upper()}": 0.001}
     return pool
 
 
@@ -179,8 +185,13 @@ def _slo(goal: Goal) -> dict[str, Any]:
     return {"default": default, "classes": classes}
 
 
-def _trial(result: SimulationResult, deployment: Deployment, rate_rps: float, seed: int) -> Trial:
+def _trial(
+    result: SimulationResult, deployment: Deployment, rate_rps: float, seed: int, *, each_class: bool
+) -> Trial:
     judged = result.requests[int(WARM_UP * len(result.requests)) :]
+    groups: dict[str, list[bool]] = {}
+    for request in judged:
+        groups.setdefault(request.slo_class if each_class else "", []).append(request.met)
     causes = causes_of_misses(judged)
     busy = result.busy_while_arriving()
     ttft = [request.ttft_s for request in judged if request.ttft_s is not None]
@@ -189,7 +200,7 @@ def _trial(result: SimulationResult, deployment: Deployment, rate_rps: float, se
         deployment=deployment,
         seed=seed,
         rate_rps=rate_rps,
-        attainment=sum(request.met for request in judged) / len(judged),
+        attainment=min(sum(met) / len(met) for met in groups.values()),
         ttft_s=_ends(ttft),
         tpot_s=_ends(tpot),
         prefill_busy=busy.get(Role.PREFILL, 0.0),

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from cluster.engine import tell_doorman
 from cluster.instance import InstanceInfo, InstanceLoad, Role
-from cluster.latency import Batch, LatencyProfile, Levels, ProfiledLatency
+from cluster.latency import Batch, LatencyProfile, Levels, ProfiledLatency, level_at
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
@@ -273,7 +273,10 @@ def _contention(record: Record) -> Levels:
     profile = _profile(record.options)
     if profile is None or not (profile.prefill_contention > 1 or profile.decode_contention):
         return ()
-    return ((0, profile.prefill_contention), *profile.decode_contention)
+    decode = profile.decode_contention
+    # Prompts have a factor of their own: it is not between none and one decode.
+    one = level_at(decode, 1) if decode else 1.0
+    return ((0, profile.prefill_contention), (1, one), *(level for level in decode if level[0] > 1))
 
 
 def _shares(record: Record) -> bool:

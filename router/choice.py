@@ -130,7 +130,7 @@ def best_pair(
         output: expected tokens of the answer.
     """
     pairs = [far]
-    reached = _kept(*far)
+    reached = kept_by(*far)
     for seen, (instance, beside) in enumerate(nodes):
         first = weigh_prefill(instance)
         if seen:
@@ -142,14 +142,16 @@ def best_pair(
         if beside:
             second = best_of([weigh_decode(one) for one in beside], first.own)
             pairs.append((first, second))
-            reached = max(reached, _kept(first, second))
+            reached = max(reached, kept_by(first, second))
+    if len(pairs) == 1:  # nobody is near: what all have to take says nothing of the choice
+        return far[0], nearest
     fitting = [one for one in pairs if one[1].fits] or pairs
-    most = max(_kept(*one) for one in fitting)
-    good = [one for one in fitting if _kept(*one) >= most - INDIFFERENT]
+    most = max(kept_by(*one) for one in fitting)
+    good = [one for one in fitting if kept_by(*one) >= most - INDIFFERENT]
     return min(good, key=lambda one: (one[0].seconds + output * one[1].seconds, *_indices(one)))
 
 
-def _kept(prefill: Choice, decode: Choice) -> float:
+def kept_by(prefill: Choice, decode: Choice) -> float:
     """Expected requests that keep both bounds more than without it."""
     return prefill.own * decode.own - prefill.harm - decode.harm
 

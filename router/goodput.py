@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from cluster.instance import Role
 from cluster.request import Handoff, ServeRequest
-from router.choice import INDIFFERENT, Choice, best_of, best_pair, search_near
+from router.choice import INDIFFERENT, Choice, best_of, best_pair, kept_by, search_near
 from router.links import NETWORK, NODE, NONE, link_between
 from router.pace import chance
 from router.policy import Decision, pool_of
@@ -94,18 +94,23 @@ class Goodput:
                 if here.fits and here.kept(prefill.own) >= decode.kept(prefill.own) - INDIFFERENT:
                     decode = here
         if link_between(prefill.instance, decode.instance) == NETWORK:
-            soonest = chain([prefill.instance], (one for one in by_ttft if one is not prefill.instance))
-            prefill, decode = best_pair(
-                (
-                    self._from_afar(request, prefill),
-                    self._decode(request, decode.instance, output, usual, NETWORK),
-                ),
-                decode,
-                ((one, view.beside(one, Role.DECODE)) for one in soonest),
-                weigh_prefill,
-                lambda instance: self._decode(request, instance, output, usual, NODE),
-                output,
+            far = (
+                self._from_afar(request, prefill),
+                self._decode(request, decode.instance, output, usual, NETWORK),
             )
+            # Computed among decodes, as there was no time for it elsewhere, it does not go on beside, where
+            # it is fuller, as long as the way costs nothing.
+            costs = kept_by(*far) < kept_by(prefill, decode) - INDIFFERENT
+            if costs or prefill.instance.info.role is Role.PREFILL:
+                soonest = chain([prefill.instance], (one for one in by_ttft if one is not prefill.instance))
+                prefill, decode = best_pair(
+                    far,
+                    decode,
+                    ((one, view.beside(one, Role.DECODE)) for one in soonest),
+                    weigh_prefill,
+                    lambda instance: self._decode(request, instance, output, usual, NODE),
+                    output,
+                )
         return self._decision(request, prefill, decode, output)
 
     def _by_ttft(

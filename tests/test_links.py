@@ -174,7 +174,9 @@ def test_no_pair_is_better_than_the_one_that_is_found(
     if link_between(by_ttft[0], nearest) != NETWORK:
         return  # then there is nothing to look for
     reached = kept(found[0].instance, found[1].instance)
-    assert found[0].own * found[1].own == pytest.approx(reached)
+    if not any(view.beside(one, Role.DECODE) for one in first):
+        assert found == (weigh(by_ttft[0]), weigh(nearest))  # what all have to take is no matter
+        return
     best = max(kept(a, b) for a in first for b in second)
     slack = INDIFFERENT * (1 + 2 ** (len(first) / PATIENCE)) + HARM_ERROR * (1 - reached)
     assert reached >= best - slack

@@ -17,6 +17,7 @@ MANY = "PDSERVE_HAND_OFFS" in os.environ
 
 
 async def check_stages(model: Path, overrides: dict[str, Any], cores: tuple[str, str]) -> None:
+    overrides = {"transfer": {"lease_s": 120}, **overrides}  # see STEP_DEADLINE_S
     async with pair(model, "own", overrides, cores) as (prefill, decode):
         for length in (5, 70, 300):
             prompt = [100 + 7 * n % 3000 for n in range(length)]
@@ -36,7 +37,7 @@ async def test_two_stages_are_read_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("transport", ["nixl", "torch"])
 async def test_two_stages_to_two_ranks(tmp_path: Path, transport: str) -> None:
     overrides = {
-        "transfer": {"transport": transport},
+        "transfer": {"transport": transport, "lease_s": 120},
         "prefill": {"pipeline_parallel_size": 2},
         "decode": {"tensor_parallel_size": 2},
     }

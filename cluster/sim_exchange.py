@@ -15,13 +15,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import socket
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
 
 from cluster.instance import Role
+from cluster.keep_alive import keep_alive
 from cluster.placement import sharing
 from cluster.sim_engine import KvGone
 from cluster.spec import ClusterSpec
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 CONNECT_DEADLINE_S = 2.0
 # A source that is stopped, not dead, keeps its connections; this is how long its readers believe in it.
 ANSWER_DEADLINE_S = 5.0
-# Idle seconds, seconds between probes, probes: a host that is gone without a word is noticed in ten seconds.
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 4, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
 _BYTES_PER_S_OF_GBPS = 1e9 / 8
 # Where nothing says what the links are: fast enough to be no matter.
 _UNKNOWN_RATE_BYTES_PER_S = 1e15
@@ -219,7 +217,7 @@ class SocketExchange:
         self._readers.add(task)
         held: set[str] = set()
         try:
-            _keep_alive(writer)
+            keep_alive(writer.get_extra_info("socket"))
             async with asyncio.timeout(ANSWER_DEADLINE_S):
                 hello = _message(await reader.readline())
             if hello != ["hello", *self._life]:
@@ -311,7 +309,7 @@ class _SourceLink:
             async with asyncio.timeout(CONNECT_DEADLINE_S):
                 reader, writer = await asyncio.open_connection(*self._address)
             self._writer = writer
-            _keep_alive(writer)
+            keep_alive(writer.get_extra_info("socket"))
             writer.write(b"".join(self._unsent))
             while line := await reader.readline():
                 number, kept = _message(line)
@@ -336,10 +334,3 @@ def _line(*words: str | int | bool) -> bytes:
 def _message(line: bytes) -> Message:
     message: Message = msgspec.json.decode(line, type=Message)  # its errors are ValueErrors
     return message
-
-
-def _keep_alive(writer: asyncio.StreamWriter) -> None:
-    peer = writer.get_extra_info("socket")
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE.items():
-        peer.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -6,7 +6,6 @@ A JSON line each way, and then the connection is the lease: the memory is there 
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import socket
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from cluster.errors import EnvironmentProblem, ServingError
+from cluster.keep_alive import keep_alive
 from cluster.spec import TransportName
 
 # Given sizes, transport and device: what the transport describes of such memory, and the address at which
@@ -83,7 +83,7 @@ def _give(connection: socket.socket, source: Source, who: str, say: Callable[[st
         with source(sizes, transport, device) as (described, _):
             _send(connection, {"described": base64.b64encode(described).decode()})
             connection.settimeout(None)
-            _keep_alive(connection)
+            keep_alive(connection)
             connection.recv(1)  # ends when the other closes, or is gone
     except ServingError as error:
         _send(connection, {"error": str(error)})
@@ -130,11 +130,3 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError("it sent no whole message")
     return message
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """A machine that is gone without a word is noticed in half a minute."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        with contextlib.suppress(AttributeError, OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)

@@ -107,7 +107,7 @@ class Goodput:
                     far,
                     decode,
                     ((one, view.beside(one, Role.DECODE)) for one in soonest),
-                    weigh_prefill,
+                    lambda instance: prefill if instance is prefill.instance else weigh_prefill(instance),
                     lambda instance: self._decode(request, instance, output, usual, NODE),
                     output,
                 )

@@ -107,7 +107,7 @@ def _planned(goal: Goal, workers: Workers, say: Say) -> Plan:
     capacity = Capacity(goal)
     layouts = capacity.layouts()
     capacity.require_possible(layouts)
-    copies = max(1, math.ceil(goal.gpus / PART_GPUS))
+    copies = max(1, math.ceil(goal.room.gpus / PART_GPUS))
     if goal.fleet:  # of each type a part has a node, or what there is
         copies = min(copies, *(count // min(count, goal.gpus_per_node) for count in goal.fleet.values()))
     part = goal.room.part(copies)

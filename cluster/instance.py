@@ -79,6 +79,21 @@ def chunk_tokens(max_num_batched_tokens: int, long_prefill_token_threshold: int,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRank:
+    """Which one of a data-parallel group an instance is.
+
+    Attributes:
+        rank, size: its number in the group, and how many there are.
+        host, port: where the group's first instance is met.
+    """
+
+    rank: int
+    size: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceInfo:
     """One life of an instance, as the registry and every ingress know it.
 

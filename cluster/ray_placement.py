@@ -1,5 +1,5 @@
-"""Where an instance runs: one actor per life, in a placement group of its own or in that of its node. The
-only code that creates workers."""
+"""Where an instance runs: one actor per life, in a placement group of its own or in one that it shares: that
+of its node, or of its data-parallel group. The only code that creates workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import ServingError
-from cluster.instance import Role
+from cluster.instance import GroupRank, Role
 from cluster.placement import sharing
 from cluster.ray_worker import StartFailed
 from cluster.spec import ClusterSpec
@@ -33,11 +33,20 @@ class RayWorker:
         self._actor = actor
         self._group = group
 
-    async def start(self) -> Ready:
+    async def meeting(self) -> tuple[str, int]:
+        """Where the others of its group find it. Raises as `start`."""
+        host, port = await self._asked(self._actor.meeting.remote())
+        return host, port
+
+    async def start(self, group: GroupRank | None) -> Ready:
         """Load the engine. Raises the worker's own ServingError, or StartFailed when its process died."""
+        ready: Ready = await self._asked(self._actor.start.remote(group))
+        return ready
+
+    @staticmethod
+    async def _asked(answer: Any) -> Any:
         try:
-            ready: Ready = await self._actor.start.remote()
-            return ready
+            return await answer
         except RayTaskError as error:
             if isinstance(error.cause, ServingError):
                 raise error.cause from None
@@ -51,6 +60,9 @@ class RayWorker:
             return str(await self._actor.run.remote())
         except RayError as error:  # also memory pressure and lost nodes, each an error of its own
             return f"its process died: {_first_line(error)}"
+
+    async def quiet(self, deadline_s: float) -> bool:
+        return bool(await self._actor.quiet.remote(deadline_s))
 
     async def drain(self, deadline_s: float) -> bool:
         return bool(await self._actor.drain.remote(deadline_s))
@@ -72,23 +84,24 @@ class RayLauncher:
         self._spec = spec
         self._controller = controller
         self._actor_classes = actor_classes
-        # With `colocate`: who shares a node, in order, and the node's group once somebody was launched there.
-        nodes = sharing(spec) if spec.colocate else ()
-        self._sharing = {instance_id: node for node in nodes for instance_id in node}
+        # Who shares a placement group, in order, and the group once somebody was launched there. On a node
+        # the instances are with `colocate`; a data-parallel group is placed at once.
+        shared = sharing(spec) if spec.colocate else [ids for ids in spec.groups() if len(ids) > 1]
+        self._sharing = {instance_id: ids for ids in shared for instance_id in ids}
         self._groups: dict[tuple[str, ...], Any] = {}
 
     async def launch(self, instance_id: str, role: Role, *, index: int, incarnation: str) -> RayWorker:
         """Raises StartFailed when no node has the resources within `startup_s`; one may join later."""
-        node = self._sharing.get(instance_id)
-        if node is None:
+        shared = self._sharing.get(instance_id)
+        if shared is None:
             group = self._group([instance_id])
         else:
-            if node not in self._groups:
-                self._groups[node] = self._group(node)
-            group = self._groups[node]
-        own = group if node is None else None
+            if shared not in self._groups:
+                self._groups[shared] = self._group(shared)
+            group = self._groups[shared]
+        own = group if shared is None else None
         try:
-            await self._placed(group, node or (instance_id,))
+            await self._placed(group, shared or (instance_id,))
             actor = (
                 ray.remote(self._actor_classes[role])
                 .options(
@@ -99,7 +112,7 @@ class RayLauncher:
                     max_concurrency=100,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(
                         placement_group=group,
-                        placement_group_bundle_index=node.index(instance_id) if node else 0,
+                        placement_group_bundle_index=shared.index(instance_id) if shared else 0,
                         placement_group_capture_child_tasks=True,
                     ),
                 )
@@ -118,10 +131,14 @@ class RayLauncher:
         return RayWorker(actor, own)
 
     def _group(self, instance_ids: Sequence[str]) -> Any:
-        """For each a bundle, and all of them on one node: tensor parallelism, and KV that stays in a node,
-        need NVLink."""
+        """For each a bundle on one node, as tensor parallelism needs NVLink; with `colocate` all of them on
+        one, so that KV stays there."""
         name = f"{self._spec.name}:{'+'.join(instance_ids)}"
-        return placement_group(self._bundles(instance_ids), strategy="STRICT_PACK", name=name)
+        return placement_group(self._bundles(instance_ids), strategy=self._strategy, name=name)
+
+    @property
+    def _strategy(self) -> str:
+        return "STRICT_PACK" if self._spec.colocate else "PACK"
 
     def _bundles(self, instance_ids: Sequence[str]) -> list[dict[str, float]]:
         roles = dict(self._spec.places())
@@ -142,10 +159,11 @@ class RayLauncher:
         except TimeoutError:
             bundles = self._bundles(instance_ids)
             needs = {name: sum(b.get(name, 0.0) for b in bundles) for name in dict.fromkeys(chain(*bundles))}
+            where = " on one node" if self._spec.colocate or len(instance_ids) == 1 else ""
             nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
             has = "; ".join(", ".join(f"{name} {n.get(name, 0):g}" for name in needs) for n in nodes)
             raise StartFailed(
-                detail=f"{' + '.join(instance_ids)} need {needs} on one node, and no node has that free "
+                detail=f"{' + '.join(instance_ids)} need {needs}{where}, which is not free "
                 f"(nodes: {has}); add nodes, or lower the pools' count, parallelism or cpus in the spec"
             ) from None
 

@@ -9,7 +9,7 @@ import ray
 
 from cluster.engine import Doorman
 from cluster.errors import ServingError
-from cluster.instance import Role
+from cluster.instance import GroupRank, Role
 from cluster.spec import ClusterSpec
 from cluster.worker import Ready, TwinParts, Worker
 
@@ -50,10 +50,14 @@ class WorkerShell:
             doorman=doorman,
         )
 
-    async def start(self) -> Ready:
+    async def meeting(self) -> tuple[str, int]:
+        """See `Worker.meeting`."""
+        return self._worker.meeting()
+
+    async def start(self, group: GroupRank | None) -> Ready:
         """Load the engine; see `Worker.start`. Raises ServingError, whatever went wrong."""
         try:
-            return await self._worker.start()
+            return await self._worker.start(group)
         except ServingError:
             raise
         except Exception as error:
@@ -63,6 +67,10 @@ class WorkerShell:
     async def run(self) -> str:
         """Serve until the end; see `Worker.run`."""
         return await self._worker.run()
+
+    async def quiet(self, deadline_s: float) -> bool:
+        """See `Worker.quiet`."""
+        return await self._worker.quiet(deadline_s)
 
     async def drain(self, deadline_s: float) -> bool:
         """See `Worker.drain`."""

@@ -34,6 +34,9 @@ class PoolSpec(Frozen):
         count: instances at start; 0 only with the policy `unsplit`.
         tensor_parallel_size, pipeline_parallel_size: ranks of each instance; on GPUs it takes their product
             in GPUs, all on one node.
+        data_parallel_size: instances of a group, which compute a mixture of experts together: each has its
+            own requests, its own KV and its part of the experts. A group starts, drains and ends as one;
+            `count` is a multiple of it.
         cpus: CPU cores Ray reserves for an instance; on a CPU cluster each rank is bound to one core.
         attention_backend: vLLM's name of the attention kernels, the same for both pools; see
             `cluster.attention`.
@@ -46,11 +49,21 @@ class PoolSpec(Frozen):
     count: int = Field(default=1, ge=0)
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1
+    data_parallel_size: PositiveInt = 1
     cpus: float = Field(default=1.0, gt=0)
     attention_backend: str | None = None
     engine_options: EngineOptions = Field(default_factory=dict)
     env: dict[str, str] = Field(default_factory=dict)
     resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> PoolSpec:
+        size = self.data_parallel_size
+        if self.count % size:
+            raise ValueError(f"count is {self.count}, and data_parallel_size {size}: use a multiple of it")
+        if size > 1 and self.pipeline_parallel_size > 1:
+            raise ValueError(f"data_parallel_size is {size}: pipeline_parallel_size must be 1")
+        return self
 
     @property
     def ranks(self) -> int:
@@ -198,8 +211,8 @@ class ClusterSpec(Frozen):
             pool = self.pool(role)
             if not pool.count and (self.policy != UNSPLIT or not self.prefill.count + self.decode.count):
                 raise ValueError(f"{role}.count is 0, and policy {self.policy!r} needs an instance there")
-            if self.engine_process == "thread" and pool.ranks > 1:
-                raise ValueError(f"engine_process 'thread' runs one rank; {role} has {pool.ranks}: use 'own'")
+            if self.engine_process == "thread" and (ranks := pool.ranks * pool.data_parallel_size) > 1:
+                raise ValueError(f"engine_process 'thread' runs one rank; {role} has {ranks}: use 'own'")
             if pool.pipeline_parallel_size > 1 and self.engine == "vllm" and self._reads_kv(role):
                 raise ValueError(
                     f"{role}.pipeline_parallel_size is {pool.pipeline_parallel_size}: KV can be read from "
@@ -241,6 +254,14 @@ class ClusterSpec(Frozen):
         """Instance ids in the order of their engine index."""
         return [(f"{role}-{n}", role) for role in Role for n in range(self.pool(role).count)]
 
+    def groups(self) -> list[tuple[str, ...]]:
+        """Instances that start and end together, in the order of their engine index; most are alone."""
+        return [
+            tuple(f"{role}-{first + rank}" for rank in range(self.pool(role).data_parallel_size))
+            for role in Role
+            for first in range(0, self.pool(role).count, self.pool(role).data_parallel_size)
+        ]
+
 
 _OURS = {
     "model": "use the top-level 'model'",
@@ -248,6 +269,10 @@ _OURS = {
     "kv_transfer_config": "see 'transfer'",
     "tensor_parallel_size": "use 'tensor_parallel_size' of the pool",
     "pipeline_parallel_size": "use 'pipeline_parallel_size' of the pool",
+    "data_parallel_size": "use 'data_parallel_size' of the pool",
+    "data_parallel_rank": "it follows from 'data_parallel_size' of the pool",
+    "data_parallel_address": "it follows from 'data_parallel_size' of the pool",
+    "data_parallel_rpc_port": "it follows from 'data_parallel_size' of the pool",
     "distributed_executor_backend": "it follows from 'engine_process'",
 }
 

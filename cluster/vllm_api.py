@@ -22,6 +22,8 @@ _HOME = {
     "AsyncEngineArgs": "vllm.engine.arg_utils",
     "EngineCore": "vllm.v1.engine.core",
     "GPUModelRunner": "vllm.v1.worker.gpu_model_runner",
+    "CPUUnquantizedExperts": "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+    "CpuCommunicator": "vllm.distributed.device_communicators.cpu_communicator",
     "PunicaWrapperCPU": "vllm.lora.punica_wrapper.punica_cpu",
     "bgmv_shrink": "vllm.lora.ops.torch_ops.lora_ops",
     "EngineCoreProc": "vllm.v1.engine.core",

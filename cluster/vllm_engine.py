@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster import vllm_api
 from cluster.engine import EngineDied, Frames
+from cluster.errors import SpecError
 from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint, chunk_tokens
 from cluster.vllm_kv_events import VllmKvEvents
@@ -135,6 +136,14 @@ class VllmEngine:
     def _configure(self, progress: Callable[[str], None]) -> Any:
         progress("loading vLLM")
         self._config = engine_config(self._options | {"kv_events_config": self._events.config})
+        ranks = self._config.parallel_config.data_parallel_size
+        if ranks > 1 and not self._config.model_config.is_moe:
+            raise SpecError(
+                file="(spec)",
+                path="data_parallel_size",
+                value=ranks,
+                allowed="the model has no experts that instances could share: raise the pool's count instead",
+            )
         return self._config
 
     def _is_untried(self, request: Any) -> bool:

@@ -17,12 +17,19 @@ import zmq.asyncio
 
 from cluster import vllm_api
 from cluster.block_names import BlockChanges, BlockNames
+from cluster.ports import free_ports
 from cluster.wire import Blocks
 
 logger = logging.getLogger(__name__)
 
 # Blocks that leave a sliding window say nothing of those that the other layers keep.
 _WHOLE_PROMPT_KINDS = (None, "full_attention", "sink_full_attention", "mla_attention")
+
+
+def _of_rank(endpoint: str, rank: int) -> str:
+    """Where a data-parallel rank publishes: vLLM adds its number to the port."""
+    host, _, port = endpoint.rpartition(":")
+    return f"{host}:{int(port) + rank}" if rank else endpoint
 
 
 class VllmKvEvents:
@@ -38,8 +45,13 @@ class VllmKvEvents:
             options: of the engine. If others shall have its events too, they name where; we listen there.
         """
         self._directory = tempfile.TemporaryDirectory(prefix="pdserve-kv-", ignore_cleanup_errors=True)
-        ours = {"enable_kv_cache_events": True, "endpoint": f"ipc://{Path(self._directory.name) / 'events'}"}
+        rank = options.get("data_parallel_rank") or 0
+        endpoint = f"ipc://{Path(self._directory.name) / 'events'}"
+        if rank:  # vLLM gives each rank an endpoint of its own, and can't do that with a file
+            endpoint = f"tcp://127.0.0.1:{free_ports('127.0.0.1', 1)[0] - rank}"
+        ours = {"enable_kv_cache_events": True, "endpoint": endpoint}
         self.config = vllm_api.KVEventsConfig(**(options.get("kv_events_config") or ours))
+        self._endpoint = _of_rank(self.config.endpoint.replace("*", "127.0.0.1"), rank)
         self._decoder = msgspec.msgpack.Decoder(vllm_api.KVEventBatch)
         self._names = BlockNames()
         self._changes = BlockChanges()
@@ -52,7 +64,7 @@ class VllmKvEvents:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.subscribe(self.config.topic)
-        self._socket.connect(self.config.endpoint.replace("*", "127.0.0.1"))
+        self._socket.connect(self._endpoint)
 
     async def changes(self) -> Blocks:
         """The next changes, as many as have come."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster import vllm_api
 from cluster.errors import EnvironmentProblem, SpecError
-from cluster.instance import Role
+from cluster.instance import GroupRank, Role
 from cluster.spec import ClusterSpec
 
 CONNECTOR_MODULE = "kv_transfer.vllm_connector"
@@ -18,8 +18,14 @@ CONNECTOR_MODULE = "kv_transfer.vllm_connector"
 NEWS_ADDRESS = "PDSERVE_NEWS_ADDRESS"
 
 
-def engine_options(spec: ClusterSpec, role: Role, phase_defaults: dict[str, Any]) -> dict[str, Any]:
-    """vLLM engine options of an instance: the phase's defaults, then the spec's, then its pool's."""
+def engine_options(
+    spec: ClusterSpec, role: Role, phase_defaults: dict[str, Any], group: GroupRank | None = None
+) -> dict[str, Any]:
+    """vLLM engine options of an instance: the phase's defaults, then the spec's, then its pool's.
+
+    Args:
+        group: which of a data-parallel group it is.
+    """
     pool = spec.pool(role)
     options: dict[str, Any] = {"seed": spec.seed, **phase_defaults, **spec.engine_options}
     options |= {
@@ -31,6 +37,15 @@ def engine_options(spec: ClusterSpec, role: Role, phase_defaults: dict[str, Any]
     }
     # Named, because inside a Ray actor vLLM would choose its Ray executor, and start Ray anew.
     options["distributed_executor_backend"] = "uni" if pool.ranks == 1 else "mp"
+    if group is not None:
+        options |= {
+            "data_parallel_size": group.size,
+            # Its presence tells vLLM that requests come to each rank by itself.
+            "data_parallel_rank": group.rank,
+            "data_parallel_address": group.host,
+            "data_parallel_rpc_port": group.port,
+            "enable_expert_parallel": True,
+        }
     options |= pool.engine_options
     return options
 
@@ -91,7 +106,7 @@ def require_device(spec: ClusterSpec, instance_id: str) -> None:
 
 
 def set_engine_environment(
-    spec: ClusterSpec, role: Role, *, host: str, side_port: int, news_port: int, cores: str
+    spec: ClusterSpec, role: Role, *, host: str, side_port: int, news_port: int, cores: str, rank: int = 0
 ) -> None:
     """Environment of an engine, to be set before vLLM is imported.
 
@@ -100,9 +115,14 @@ def set_engine_environment(
         side_port: port of the NIXL handshake.
         news_port: where it hears of prompts that are computed elsewhere.
         cores: CPU cores of its ranks in vLLM's notation, for example `0|1`; CPU only.
+        rank: in its data-parallel group.
     """
     pool = spec.pool(role)
-    settings = {"VLLM_NIXL_SIDE_CHANNEL_HOST": host, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port)}
+    settings = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
+        # vLLM adds the rank to it.
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port - rank),
+    }
     if spec.device == "cpu":
         settings |= {
             "VLLM_CPU_OMP_THREADS_BIND": cores,

@@ -6,18 +6,16 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.engine import Doorman, Engine, EngineDied
-from cluster.errors import EnvironmentProblem
-from cluster.instance import EngineFacts, InstanceState, Role
+from cluster.instance import EngineFacts, GroupRank, InstanceState, Role
 from cluster.latency import LatencyModel
 from cluster.placement import placements_of
+from cluster.ports import free_ports
 from cluster.spec import ClusterSpec
 
 if TYPE_CHECKING:  # a worker on a GPU has none
@@ -27,11 +25,8 @@ TwinParts = Callable[[LatencyModel], Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 
-# Below are those of well-known services, Ray's and vLLM's defaults among them.
-_FIRST_PORT = 20_000
-# From where on Linux gives ports to clients, unless told otherwise; and how many are enough to draw from.
-_FIRST_EPHEMERAL_PORT = 32_768
-_ENOUGH_PORTS = 1000
+# How a life ended that was asked to.
+DRAINED = "drained"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +78,22 @@ class Worker:
         self._ended = asyncio.Event()
         self.state = InstanceState.STARTING
 
-    async def start(self) -> Ready:
+    def meeting(self) -> tuple[str, int]:
+        """Host and port where the others of its data-parallel group will find it. Raises EnvironmentProblem
+        without a free port."""
+        (port,) = free_ports(self._host, 1)
+        return self._host, port
+
+    async def start(self, group: GroupRank | None = None) -> Ready:
         """Load the engine and open the data path.
+
+        Args:
+            group: which of a data-parallel group it is; all of them start at the same time.
 
         Raises:
             SpecError, EnvironmentProblem: the engine can't run as the spec says.
         """
-        engine, name = await asyncio.to_thread(self._make_engine)
+        engine, name = await asyncio.to_thread(self._make_engine, group)
         self._engine = engine
         if self._exchange is not None:
             await self._exchange.start()
@@ -120,7 +124,7 @@ class Worker:
             await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
-            return "drained"
+            return DRAINED
         except EngineDied as died:
             return str(died)
         finally:
@@ -128,10 +132,14 @@ class Worker:
             ended.cancel()
             await self._stop()
 
+    async def quiet(self, deadline_s: float) -> bool:
+        """Let the running requests end; False when the deadline came first."""
+        self.state = InstanceState.DRAINING
+        return bool(await self._hosting.drained(deadline_s)) if self._hosting is not None else True
+
     async def drain(self, deadline_s: float) -> bool:
         """Let the running requests end, then stop; False when the deadline cut some off."""
-        self.state = InstanceState.DRAINING
-        clean = bool(await self._hosting.drained(deadline_s)) if self._hosting is not None else True
+        clean = await self.quiet(deadline_s)
         self._ended.set()
         return clean
 
@@ -139,7 +147,7 @@ class Worker:
         self._on_phase(phase)
         logger.info("%s: %s", self._instance_id, phase)
 
-    def _make_engine(self) -> tuple[Engine, str]:
+    def _make_engine(self, group: GroupRank | None) -> tuple[Engine, str]:
         if self._spec.engine == "sim":
             return self._make_twin()
         from cluster.vllm_options import engine_options, require_device, set_engine_environment
@@ -154,11 +162,12 @@ class Worker:
             side_port=side_port,
             news_port=news_port,
             cores=self._cores,
+            rank=group.rank if group else 0,
         )
         self._note("importing vLLM")
         from cluster import vllm_engine
 
-        options = engine_options(self._spec, self._role, self._phase_options)
+        options = engine_options(self._spec, self._role, self._phase_options, group)
         in_thread = self._spec.engine_process == "thread"
         kind = vllm_engine.ThreadEngine if in_thread else vllm_engine.ProcessEngine
         return kind(options), vllm_engine.VLLM_ENGINE_NAME
@@ -192,30 +201,3 @@ class Worker:
                 await self._engine.stop()
         if self._exchange is not None:
             await self._exchange.close()
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """So many TCP ports of `host` that are free now, and as far as it is set up like that, that the kernel
-    gives to nobody who asks for any: seconds pass until an engine binds them. Raises EnvironmentProblem where
-    there are none."""
-    first, end = _FIRST_PORT, _first_ephemeral_port()
-    if end < first + _ENOUGH_PORTS:
-        end = _FIRST_EPHEMERAL_PORT
-    ports: list[int] = []
-    for port in random.sample(range(first, end), end - first):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
-            ports.append(port)
-            if len(ports) == count:
-                return ports
-    raise EnvironmentProblem(
-        problem=f"no {count} free TCP ports from {first} to {end - 1} at {host}",
-        remedy="check that it is an address of this machine, and what listens there",
-    )
-
-
-def _first_ephemeral_port() -> int:
-    try:
-        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except OSError:
-        return _FIRST_EPHEMERAL_PORT

@@ -128,6 +128,7 @@ def _add_model(commands: Any) -> None:
     tiny = kinds.add_parser("tiny", help="a small Llama with random weights, for tests and the demo")
     tiny.add_argument("directory", type=Path, metavar="DIR")
     tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--experts", action="store_true", help="a Mixtral, whose layers have experts")
     gemma = kinds.add_parser("gemma", help="Gemma 3 270M, from packages of the 'gemma' extra")
     gemma.add_argument("directory", type=Path, metavar="DIR")
     model.set_defaults(run=_model)
@@ -235,10 +236,10 @@ def _model(args: argparse.Namespace) -> int:
     if args.kind == "tiny":
         from deploy.model_store import tiny_model_ready
 
-        if not tiny_model_ready(args.directory, seed=args.seed):
+        if not tiny_model_ready(args.directory, seed=args.seed, experts=args.experts):
             from deploy.tiny_model_torch import build_tiny_model
 
-            build_tiny_model(args.directory, seed=args.seed)
+            build_tiny_model(args.directory, seed=args.seed, experts=args.experts)
     else:
         from deploy.gemma_model_torch import build_gemma_model
 

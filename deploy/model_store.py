@@ -21,6 +21,7 @@ MARKER_FILE = "pdserve_model.json"
 
 # Raise a version whenever its builder would write other bytes: what the old recipe made is then replaced.
 TINY_RECIPE_VERSION = 1
+TINY_EXPERTS_RECIPE_VERSION = 1
 GEMMA_RECIPE_VERSION = 1
 
 
@@ -43,8 +44,10 @@ class ModelMarker(Frozen):
     file_bytes: dict[str, int]
 
 
-def tiny_recipe(*, seed: int = 0) -> ModelRecipe:
-    """Return the recipe of the tiny random Llama with the weights of `seed`."""
+def tiny_recipe(*, seed: int = 0, experts: bool = False) -> ModelRecipe:
+    """Return the recipe of the tiny random Llama, or with `experts` Mixtral, with the weights of `seed`."""
+    if experts:
+        return ModelRecipe(name="tiny-experts", version=TINY_EXPERTS_RECIPE_VERSION, seed=seed)
     return ModelRecipe(name="tiny", version=TINY_RECIPE_VERSION, seed=seed)
 
 
@@ -53,9 +56,9 @@ def gemma_recipe() -> ModelRecipe:
     return ModelRecipe(name="gemma", version=GEMMA_RECIPE_VERSION)
 
 
-def tiny_model_ready(directory: Path, *, seed: int = 0) -> bool:
+def tiny_model_ready(directory: Path, *, seed: int = 0, experts: bool = False) -> bool:
     """Return whether `directory` holds the complete tiny model of this recipe version and `seed`."""
-    return model_ready(directory, tiny_recipe(seed=seed))
+    return model_ready(directory, tiny_recipe(seed=seed, experts=experts))
 
 
 def gemma_model_ready(directory: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Build a small Llama with random weights that vLLM serves like any other, with nothing to download.
+"""Build a small Llama with random weights that vLLM serves like any other, with nothing to download; or a
+Mixtral of the same size, whose layers have experts.
 
 It is what tests and the demo run on: a real tokenizer, a real chat template with tools, real attention over
 real KV, 20 MB. The text it writes means nothing.
@@ -26,6 +27,8 @@ INTERMEDIATE = 688
 QUERY_HEADS = 8
 KV_HEADS = 4
 HEAD_DIM = 32
+EXPERTS = 8
+ACTIVE_EXPERTS = 2
 VOCAB = 4096
 CONTEXT_TOKENS = 8192
 
@@ -46,6 +49,9 @@ _GAINS = {
     "up_proj": 1.0,
     "down_proj": 1.0,
 }
+# Their names in a layer, and in an expert.
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_EXPERT = ("w1", "w3", "w2")
 _EMBEDDING_STD = 1.0
 # Logits of standard deviation 4: sampling at temperature 1 varies, and log-probabilities look like real ones.
 _LOGIT_STD = 4.0
@@ -84,7 +90,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_tiny_model(directory: Path, *, seed: int = 0) -> Path:
+def build_tiny_model(directory: Path, *, seed: int = 0, experts: bool = False) -> Path:
     """Write the tiny model into `directory` unless it is there already, and return `directory`.
 
     The same seed and Python release give the same bytes. Serve it with `dtype="float32"`: by default vLLM
@@ -93,16 +99,16 @@ def build_tiny_model(directory: Path, *, seed: int = 0) -> Path:
     Raises:
         ValueError: `directory` is a file, or has contents that are not ours.
     """
-    if tiny_model_ready(directory, seed=seed):
+    if tiny_model_ready(directory, seed=seed, experts=experts):
         return directory
-    with new_model(directory, tiny_recipe(seed=seed)) as partial:
+    with new_model(directory, tiny_recipe(seed=seed, experts=experts)) as partial:
         tokenizer = _train_tokenizer()
         tokenizer.save(str(partial / "tokenizer.json"))
         _write_json(partial / "tokenizer_config.json", _tokenizer_config())
         (partial / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-        _write_json(partial / "config.json", _model_config(tokenizer))
+        _write_json(partial / "config.json", _model_config(tokenizer, experts=experts))
         _write_json(partial / "generation_config.json", _generation_config(tokenizer))
-        weights = _weights(seed, _silent_ids(tokenizer))
+        weights = _weights(seed, _silent_ids(tokenizer), experts=experts)
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -143,7 +149,7 @@ def _silent_ids(tokenizer: Tokenizer) -> list[int]:
     ]
 
 
-def _weights(seed: int, silent_ids: list[int]) -> dict[str, torch.Tensor]:
+def _weights(seed: int, silent_ids: list[int], *, experts: bool) -> dict[str, torch.Tensor]:
     """Draw all weights, float32, in a fixed order; the output rows of `silent_ids` are zero.
 
     float32, because greedy tokens must be the same however a request is batched, chunked, split or moved.
@@ -160,6 +166,21 @@ def _weights(seed: int, silent_ids: list[int]) -> dict[str, torch.Tensor]:
     def linear(name: str, rows: int, columns: int) -> torch.Tensor:
         return normal(rows, columns, _GAINS[name] / math.sqrt(columns))
 
+    def mlp(prefix: str, names: tuple[str, str, str], inner: int) -> dict[str, torch.Tensor]:
+        gate, up, down = names
+        return {
+            f"{prefix}{gate}.weight": linear("gate_proj", inner, HIDDEN),
+            f"{prefix}{up}.weight": linear("up_proj", inner, HIDDEN),
+            f"{prefix}{down}.weight": linear("down_proj", HIDDEN, inner),
+        }
+
+    def mixture(prefix: str) -> dict[str, torch.Tensor]:
+        prefix = f"{prefix}block_sparse_moe."
+        found = {f"{prefix}gate.weight": normal(EXPERTS, HIDDEN, 1.0 / math.sqrt(HIDDEN))}
+        for expert in range(EXPERTS):
+            found |= mlp(f"{prefix}experts.{expert}.", _EXPERT, INTERMEDIATE // ACTIVE_EXPERTS)
+        return found
+
     weights = {"model.embed_tokens.weight": normal(VOCAB, HIDDEN, _EMBEDDING_STD)}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
@@ -168,9 +189,7 @@ def _weights(seed: int, silent_ids: list[int]) -> dict[str, torch.Tensor]:
             f"{prefix}self_attn.k_proj.weight": linear("k_proj", KV_HEADS * HEAD_DIM, HIDDEN),
             f"{prefix}self_attn.v_proj.weight": linear("v_proj", KV_HEADS * HEAD_DIM, HIDDEN),
             f"{prefix}self_attn.o_proj.weight": linear("o_proj", HIDDEN, QUERY_HEADS * HEAD_DIM),
-            f"{prefix}mlp.gate_proj.weight": linear("gate_proj", INTERMEDIATE, HIDDEN),
-            f"{prefix}mlp.up_proj.weight": linear("up_proj", INTERMEDIATE, HIDDEN),
-            f"{prefix}mlp.down_proj.weight": linear("down_proj", HIDDEN, INTERMEDIATE),
+            **(mixture(prefix) if experts else mlp(f"{prefix}mlp.", _MLP, INTERMEDIATE)),
             f"{prefix}input_layernorm.weight": torch.ones(HIDDEN),
             f"{prefix}post_attention_layernorm.weight": torch.ones(HIDDEN),
         }
@@ -179,14 +198,27 @@ def _weights(seed: int, silent_ids: list[int]) -> dict[str, torch.Tensor]:
     return weights | {"model.norm.weight": torch.ones(HIDDEN), "lm_head.weight": output}
 
 
-def _model_config(tokenizer: Tokenizer) -> dict[str, object]:
-    return {
+def _model_config(tokenizer: Tokenizer, *, experts: bool) -> dict[str, object]:
+    dense = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "intermediate_size": INTERMEDIATE,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    mixture = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "intermediate_size": INTERMEDIATE // ACTIVE_EXPERTS,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": ACTIVE_EXPERTS,
+        "sliding_window": None,
+    }
+    return {
+        **(mixture if experts else dense),
         "dtype": "float32",
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": QUERY_HEADS,
         "num_key_value_heads": KV_HEADS,
@@ -195,8 +227,6 @@ def _model_config(tokenizer: Tokenizer) -> dict[str, object]:
         "max_position_embeddings": CONTEXT_TOKENS,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.token_to_id("<bos>"),
         "eos_token_id": tokenizer.token_to_id("<eos>"),

@@ -13,8 +13,9 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
 - the progress thread of NIXL sleeps between polls (`nixl_progress`);
 - on CPUs the thread that computes the model stays where it was, and is not bound to the machine's last core;
 - the engine's processes end with the process that started them (`orphan`);
-- on CPUs a request without a LoRA adapter is computed without one (`cluster.vllm_cpu_lora`), and pipeline
-  stages have a buffer between them (`cluster.vllm_cpu_stages`).
+- on CPUs a request without a LoRA adapter is computed without one (`cluster.vllm_cpu_lora`), pipeline stages
+  have a buffer between them (`cluster.vllm_cpu_stages`), and ranks share experts
+  (`cluster.vllm_cpu_experts`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cluster import vllm_api
 from cluster.errors import EnvironmentProblem
 from cluster.handle import keep_for_reader
 from cluster.spec import TransportName
+from cluster.vllm_cpu_experts import spread_experts
 from cluster.vllm_cpu_lora import skip_tokens_without_adapter
 from cluster.vllm_cpu_stages import make_buffers_between_stages
 from cluster.vllm_options import NEWS_ADDRESS
@@ -309,6 +311,7 @@ class PdConnector(NixlPullConnector):  # type: ignore[misc]
             calm_progress_thread()
             if vllm_config.device_config.device_type == "cpu":
                 make_buffers_between_stages()
+                spread_experts()
                 if vllm_config.lora_config is not None:
                     skip_tokens_without_adapter()
             self.connector_worker = PdWorker(vllm_config, self.engine_id, kv_cache_config)

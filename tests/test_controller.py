@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from cluster.errors import EnvironmentProblem, UnknownInstance
-from cluster.instance import InstanceState, Role
+from cluster.instance import GroupRank, InstanceState, Role
 from cluster.registry import Membership
-from cluster.spec import ClusterSpec, DeadlineSpec
+from cluster.spec import ClusterSpec, DeadlineSpec, PoolSpec
 from cluster.worker import Ready
 from deploy import controller as controller_module
 from deploy.controller import Controller
@@ -26,7 +26,11 @@ class FakeWorker:
         self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.killed = False
 
-    async def start(self) -> Ready:
+    async def meeting(self) -> tuple[str, int]:
+        return "host-of-" + self.instance_id, 7
+
+    async def start(self, group: GroupRank | None) -> Ready:
+        self.group = group
         problem = self.launcher.problems.get(self.instance_id, [])
         if problem:
             raise problem.pop(0)
@@ -35,6 +39,10 @@ class FakeWorker:
 
     async def ended(self) -> str:
         return await self.end
+
+    async def quiet(self, deadline_s: float) -> bool:
+        self.launcher.quiet.append(self.instance_id)
+        return True
 
     async def drain(self, deadline_s: float) -> bool:
         if not self.end.done():
@@ -50,6 +58,7 @@ class FakeLauncher:
         self.workers: dict[str, list[FakeWorker]] = {}
         self.problems: dict[str, list[Exception]] = {}
         self.facts: dict[str, object] = {}
+        self.quiet: list[str] = []
 
     async def launch(self, instance_id: str, role: Role, *, index: int, incarnation: str) -> FakeWorker:
         worker = FakeWorker(self, instance_id)
@@ -151,3 +160,57 @@ async def test_watching_returns_at_the_deadline_when_nothing_changes() -> None:
     controller = Controller(SPEC, FakeLauncher())
     membership = await controller.watch(controller._registry.snapshot().version, 0.01)
     assert membership.instances[0].state is InstanceState.STARTING
+
+
+def group_spec() -> ClusterSpec:
+    return SPEC.model_copy(update={"decode": PoolSpec(count=4, data_parallel_size=2)})
+
+
+async def test_a_group_starts_at_its_first_instance() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(group_spec(), launcher)
+    await controller.start()
+    await watch_until(controller, all_ready)
+    assert launcher.workers["prefill-0"][0].group is None
+    for number in range(4):
+        first = f"host-of-decode-{number // 2 * 2}"
+        assert launcher.workers[f"decode-{number}"][0].group == GroupRank(
+            rank=number % 2, size=2, host=first, port=7
+        )
+    await controller.stop(1.0)
+
+
+async def test_a_group_ends_with_any_of_its_instances() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(group_spec(), launcher)
+    await controller.start()
+    first = await watch_until(controller, all_ready)
+    launcher.workers["decode-3"][0].end.set_result("its process died")
+    again = await watch_until(
+        controller, lambda m: all_ready(m) and m.instances[4].incarnation != first.instances[4].incarnation
+    )
+    assert [i.instance_id for i in again.instances if i not in first.instances] == ["decode-2", "decode-3"]
+    assert launcher.workers["decode-2"][0].killed
+    await controller.stop(1.0)
+
+
+async def test_one_that_does_not_start_ends_its_group() -> None:
+    launcher = FakeLauncher()
+    launcher.problems["decode-1"] = [EnvironmentProblem(problem="no GPU", remedy="add one")]
+    controller = Controller(group_spec(), launcher)
+    await controller.start()
+    membership = await watch_until(
+        controller, lambda m: all(m.instances[n].state is InstanceState.READY for n in (0, 3, 4))
+    )
+    assert [i.hopeless for i in membership.instances[1:3]] == [EnvironmentProblem.reason] * 2
+    await controller.stop(1.0)
+
+
+async def test_a_group_is_drained_when_none_of_it_computes() -> None:
+    launcher = FakeLauncher()
+    controller = Controller(group_spec(), launcher)
+    await controller.start()
+    await watch_until(controller, all_ready)
+    assert await controller.drain("decode-1", 1.0)
+    assert launcher.quiet == ["decode-0", "decode-1"]
+    await controller.stop(1.0)

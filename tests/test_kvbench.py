@@ -12,8 +12,8 @@ import pytest
 
 from cluster.errors import EnvironmentProblem
 from cluster.model_shape import named_shape
+from cluster.ports import free_ports
 from cluster.spec import TransportName
-from cluster.worker import free_ports
 from deploy.cli import main
 from deploy.kvbench.cases import Bench, flat_bench, layout_bench, layout_of
 from deploy.kvbench.report import KvBenchReport, Link, Row, fit_link

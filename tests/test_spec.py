@@ -87,3 +87,28 @@ def test_overrides_replace_top_level_keys(tmp_path: Path) -> None:
         ("prefill-1", Role.PREFILL),
         ("decode-0", Role.DECODE),
     ]
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        ({"count": 3, "data_parallel_size": 2}, "count is 3, and data_parallel_size 2: use a multiple of it"),
+        (
+            {"count": 2, "data_parallel_size": 2, "pipeline_parallel_size": 2},
+            "pipeline_parallel_size must be 1",
+        ),
+    ],
+)
+def test_groups_of_instances_are_whole(pool: dict[str, int], message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        parse_spec({"model": "m", "decode": {**pool, "data_parallel_size": 2}})
+    assert caught.value.path == "decode"
+
+
+def test_instances_that_compute_together_are_a_group() -> None:
+    spec = parse_spec(
+        {"model": "m", "prefill": {"count": 2}, "decode": {"count": 4, "data_parallel_size": 2}}
+    )
+    assert spec.groups() == [
+        ("prefill-0",), ("prefill-1",), ("decode-0", "decode-1"), ("decode-2", "decode-3")
+    ]  # fmt: skip

@@ -48,8 +48,8 @@ def make_engine(spec: ClusterSpec, role: Role) -> Engine:
         from cluster.sim_engine import SimEngine
 
         return SimEngine.of(spec, role, _phase_options(spec, role))
+    from cluster.ports import free_ports
     from cluster.vllm_options import engine_options, require_device, set_engine_environment
-    from cluster.worker import free_ports
 
     instance_id = f"{role}-0"
     require_device(spec, instance_id)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.engine import tell_doorman
-from cluster.instance import InstanceInfo, InstanceLoad, Role
+from cluster.instance import GroupRank, InstanceInfo, InstanceLoad, Role
 from cluster.latency import Batch, LatencyProfile, Levels, ProfiledLatency, level_at
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_options import TwinOptions, twin_options
@@ -123,7 +123,10 @@ class SimLife:
 
     # --- the controller's side
 
-    async def start(self) -> Ready:
+    async def meeting(self) -> tuple[str, int]:
+        return "virtual", 0
+
+    async def start(self, group: GroupRank | None) -> Ready:
         await asyncio.sleep(self._cluster.start_s(self._instance_id))
         self._ready_s = asyncio.get_running_loop().time()
         self._cluster.network.join(self._instance_id, self._incarnation, self.engine)
@@ -136,6 +139,9 @@ class SimLife:
     async def ended(self) -> str:
         await self._ended.wait()
         return self._why
+
+    async def quiet(self, deadline_s: float) -> bool:
+        return self.engine.idle
 
     async def drain(self, deadline_s: float) -> bool:
         self._why = "drained"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import EnvironmentProblem
-from cluster.worker import free_ports
+from cluster.ports import free_ports
 
 
 def test_they_are_free_and_no_client_gets_them() -> None:
@@ -22,7 +22,7 @@ def test_they_are_free_and_no_client_gets_them() -> None:
 
 
 def test_there_are_some_where_the_kernel_gives_all_to_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.worker._first_ephemeral_port", lambda: 1024)
+    monkeypatch.setattr("cluster.ports._first_ephemeral_port", lambda: 1024)
     assert all(20_000 <= port < 32_768 for port in free_ports("127.0.0.1", 3))
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple, Protocol, TypeVar
+from typing import Annotated, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -55,6 +55,23 @@ class LatencyModel(Protocol):
     def iteration_s(self, batch: Batch) -> float:
         """Seconds from the start of the iteration to its tokens, through all pipeline stages."""
         ...
+
+
+@runtime_checkable
+class GroupLatency(LatencyModel, Protocol):
+    """That also knows what the instances of a data-parallel group take together."""
+
+    def group_s(self, batches: Sequence[Batch]) -> float:
+        """Seconds of an iteration in which each instance has one of the batches, empty ones included."""
+        ...
+
+
+def group_s(latency: LatencyModel, batches: Sequence[Batch]) -> float:
+    """Seconds of an iteration of a data-parallel group: as long as its slowest instance takes, by a model
+    that knows no more."""
+    if isinstance(latency, GroupLatency):
+        return latency.group_s(batches)
+    return max(latency.iteration_s(batch) if any(batch) else 0.0 for batch in batches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +259,9 @@ class PacedLatency:
 
     def iteration_s(self, batch: Batch) -> float:
         return self._factor * self._latency.iteration_s(batch)
+
+    def group_s(self, batches: Sequence[Batch]) -> float:
+        return self._factor * group_s(self._latency, batches)
 
 
 def at_pace(latency: LatencyModel, factor: float) -> LatencyModel:

@@ -102,8 +102,12 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        routed = self.moe_layers * self.experts.count * self.expert_parameters if self.experts else 0
-        return self.shared_parameters + routed + self._embedding_parameters()
+        return self.shared_parameters + self.routed_parameters + self._embedding_parameters()
+
+    @property
+    def routed_parameters(self) -> int:
+        """Of all routed experts of all layers."""
+        return self.moe_layers * self.experts.count * self.expert_parameters if self.experts else 0
 
     @property
     def active_parameters(self) -> int:
@@ -113,6 +117,11 @@ class ModelShape:
     @property
     def weight_bytes(self) -> float:
         return self.parameters * self.dtype_bytes
+
+    def weight_bytes_per_rank(self, ranks: int, data_parallel_size: int = 1) -> float:
+        """Of an instance of so many ranks, in a group of so many that share the experts."""
+        routed = self.routed_parameters * self.dtype_bytes
+        return (self.weight_bytes - routed + routed / data_parallel_size) / ranks
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -9,8 +9,10 @@ A) and NanoFlow (arXiv 2408.12757, section 3); how well it fits is in docs/laten
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.expert_exchange import ExpertExchange
 from cluster.hardware import Hardware
 from cluster.latency import Batch
 from cluster.model_shape import ModelShape
@@ -160,8 +162,9 @@ def efficiency_for(hardware: Hardware) -> Efficiency:
 class RooflineLatency:
     """Iteration times of `shape`, laid out over `tensor_parallel_size` x `pipeline_parallel_size` GPUs.
 
-    Never decreases when a component of the batch grows. An empty batch takes no time. Raises ValueError for
-    sizes below 1 and for more pipeline stages than layers.
+    Of a group of `data_parallel_size` such instances, `iteration_s` is what each takes where all of them have
+    as much to do. Never decreases when a component of the batch grows. An empty batch takes no time. Raises
+    ValueError for sizes below 1, for more pipeline stages than layers, and for a group without experts.
     """
 
     def __init__(
@@ -171,12 +174,23 @@ class RooflineLatency:
         tensor_parallel_size: int,
         pipeline_parallel_size: int = 1,
         efficiency: Efficiency | None = None,
+        data_parallel_size: int = 1,
     ) -> None:
         if tensor_parallel_size < 1 or not 1 <= pipeline_parallel_size <= shape.layers:
             raise ValueError(
                 f"tensor and pipeline parallel sizes are {tensor_parallel_size} and "
                 f"{pipeline_parallel_size}, expected at least 1, and at most {shape.layers} stages"
             )
+        if data_parallel_size < 1 or (data_parallel_size > 1 and shape.experts is None):
+            raise ValueError(
+                f"data parallel size is {data_parallel_size}, expected at least 1, and 1 without experts"
+            )
+        self._group = data_parallel_size
+        self._exchange = (
+            ExpertExchange(shape, hardware, tensor_parallel_size, data_parallel_size)
+            if data_parallel_size > 1
+            else None
+        )
         self.shape, self.hardware = shape, hardware
         self.efficiency = efficiency or efficiency_for(hardware)
         self._set_linear(tensor_parallel_size)
@@ -188,6 +202,16 @@ class RooflineLatency:
         return None
 
     def iteration_s(self, batch: Batch) -> float:
+        return self._iteration_s(batch, 0)
+
+    def group_s(self, batches: Sequence[Batch]) -> float:
+        """Of an iteration of the group, one batch for each of its instances: the experts compute the tokens
+        of all, and nobody is ready before the slowest is."""
+        routed = sum(batch.prefill_tokens + batch.decode_requests for batch in batches)
+        return max(self._iteration_s(batch, routed) for batch in batches)
+
+    def _iteration_s(self, batch: Batch, routed: int) -> float:
+        """Of one instance; `routed` are the tokens of its group, 0 for as many in each of its instances."""
         tokens, attention, prompts, decodes, context = batch
         requests = prompts + decodes
         tokens += decodes
@@ -195,7 +219,7 @@ class RooflineLatency:
             return 0.0
         head_s = requests * self._head_s
         work_s = (
-            self.linear_s(tokens)
+            self.linear_s(tokens, routed)
             + (head_s if head_s > self._head_read_s else self._head_read_s)
             + attention * self._attention_s
             + context * self._context_s
@@ -205,18 +229,25 @@ class RooflineLatency:
         launch_s = self._launch_s
         return (work_s if work_s > launch_s else launch_s) + requests * self._request_s + self._fixed_s
 
-    def linear_s(self, tokens: int) -> float:
-        """Seconds of the linear layers and what is elementwise between them, for at least one token."""
+    def linear_s(self, tokens: int, routed: int = 0) -> float:
+        """Seconds of the linear layers and what is elementwise between them, for at least one token.
+
+        Args:
+            routed: tokens that the experts of its group compute, 0 for as many in each of its instances.
+        """
         saturation = self._saturation
         compute_s = (tokens + (tokens if tokens < saturation else saturation)) * self._token_s
         time = compute_s if compute_s > self._weights_read_s else self._weights_read_s
         if self._experts:
             # Experts that some token goes to, when each draws at random; each expert fills its own tiles.
-            touched = self._experts * (1.0 - math.exp(tokens * self._log_untouched))
-            tokens_s, tiles_s = tokens * self._expert_token_s, touched * self._expert_tile_s
+            routed = routed or tokens * self._group
+            touched = self._experts * (1.0 - math.exp(routed * self._log_untouched))
+            tokens_s, tiles_s = routed * self._expert_token_s, touched * self._expert_tile_s
             compute_s = tokens_s + (tokens_s if tokens_s < tiles_s else tiles_s)
             read_s = touched * self._expert_read_s
             time += compute_s if compute_s > read_s else read_s
+            if self._exchange is not None:
+                time += self._exchange.seconds(tokens)
         return time + tokens * self._elementwise_s + self._layers_s
 
     def _set_linear(self, ranks: int) -> None:
@@ -241,6 +272,7 @@ class RooflineLatency:
             self._log_untouched = (
                 math.log1p(-experts.active / experts.count) if experts.active < experts.count else -math.inf
             )
+            flops, read = flops * self._group, read * self._group  # each instance has its part of them
             self._expert_token_s = experts.active * expert_flops / flops
             self._expert_tile_s = factor.saturation_tokens * expert_flops / flops
             self._expert_read_s = shape.moe_layers * shape.expert_parameters * shape.dtype_bytes / read

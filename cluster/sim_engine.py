@@ -26,6 +26,7 @@ from cluster.fingerprint import model_fingerprint
 from cluster.handle import FOLLOWS_PARAM
 from cluster.instance import EngineFacts, Fingerprint, Role, chunk_tokens
 from cluster.latency import EMPTY_BATCH, Batch, Levels, level_at
+from cluster.sim_group import SimGroup
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.sim_scheduler import (
     Chunk,
@@ -160,6 +161,7 @@ class SimEngine:
 
     Attributes:
         slowdown: factor on every iteration decided from now on.
+        quiet_s: how long a running request may go without news.
         counters: what it has done.
     """
 
@@ -176,6 +178,7 @@ class SimEngine:
         gate: MemoryGate | None = None,
         batching: PromptBatching | None = None,
         tells_blocks: bool = False,
+        group: SimGroup | None = None,
     ) -> None:
         """
         Args:
@@ -187,13 +190,15 @@ class SimEngine:
             gate: who is let into the memory beside those that have blocks; none is who finds free ones.
             batching: which prompts share an iteration; none is whoever comes next.
             tells_blocks: whether somebody wants to know how its prefix cache changes.
+            group: of the data-parallel group that it is to compute with, once it has joined it.
         """
+        self._group = group
         self._options = options
         self._model = model
         self._exchange = exchange
         self._watcher = watcher
         self._on_busy = on_busy
-        self._quiet_s = quiet_s
+        self.quiet_s = quiet_s
         self._is_busy = False
         self._contention: Levels = ()
         self._scheduler = Scheduler(options, order, gate, batching)
@@ -373,6 +378,8 @@ class SimEngine:
         return [msgspec.msgpack.encode(StepOutputs(outputs=members, timestamp=outputs.timestamp))]
 
     async def stop(self) -> None:
+        if self._group is not None:
+            self._group.leave(self)
         if self._on_busy is not None and self._is_busy:
             self._is_busy = False
             self._on_busy(False)
@@ -409,6 +416,9 @@ class SimEngine:
         if factors == self._contention:
             return
         self._has_changed()
+        if self._group is not None:  # its running iteration is that of others too
+            self._contention = factors
+            return
         now_s = asyncio.get_running_loop().time()
         before = {flight.lane: self._slowdown_of(flight.batch) for flight in self._flights}
         self._contention = factors
@@ -438,10 +448,60 @@ class SimEngine:
         """Whether it holds no request and no block for anybody."""
         return self._scheduler.empty and not self._scheduler.pool.used and not self._following
 
+    # --- its data-parallel group's side
+
+    @property
+    def busy_until_s(self) -> float:
+        """When its running iterations end."""
+        return self._flights[0].ends[-1] if self._flights else -math.inf
+
+    @property
+    def free_blocks(self) -> int:
+        return self._scheduler.pool.free
+
+    def most_ahead(self) -> int:
+        """Iterations in a row that change nothing but contexts."""
+        running = self._scheduler.groups[0].members
+        return min(self._scheduler.groups[0].steps_to_next_end(), self._ahead) if running else self._ahead
+
+    def blocks_at(self, ahead: int) -> int:
+        """Blocks that its requests take in the iteration so many after the next."""
+        return self._scheduler.groups[0].blocks_at(ahead)
+
+    def loads_s(self, step: Step | None) -> float:
+        """Seconds in which the step loads adapters."""
+        return step.loads * self._options.adapter_load_s if step else 0.0
+
+    def decide(self, now_s: float) -> tuple[Step | None, bool]:
+        """What it computes next, and whether another decision right after it would find nothing."""
+        self._settle(now_s)
+        return self._decide(0, now_s) if self._scheduler.has_work(0) else (None, True)
+
+    def begin(self, step: Step, now_s: float, ends: list[float]) -> None:
+        """Compute it, and the same again until the last of `ends`."""
+        self._tell_begun(step, now_s)
+        self._stage_free_s[0] = ends[-1]
+        self._flights.append(_Flight(0, step.chunks, step.batch, ends[0] - now_s, now_s, ends))
+        self._wake()
+
+    def look_again(self) -> None:
+        """Something else than its own requests has changed."""
+        self._wake()
+
+    def _tell_begun(self, step: Step, start_s: float) -> None:
+        if self._watcher is not None:
+            for chunk in step.chunks:
+                if not chunk.sequence.begun:
+                    chunk.sequence.begun = True
+                    self._watcher.begun(chunk.sequence.request_id, start_s)
+
     # --- time
 
     def _launch(self, now_s: float) -> None:
         """Begin an iteration of every lane that has none, as far as the first stage is free."""
+        if self._group is not None:
+            self._group.launch(now_s)
+            return
         for lane in range(self._options.pipeline_stages):
             if self._stage_free_s[0] > now_s:
                 return
@@ -453,17 +513,13 @@ class SimEngine:
             step, is_settled = self._decide(lane, now_s)
             if step is None:
                 continue
-            if self._watcher is not None:
-                for chunk in step.chunks:
-                    if not chunk.sequence.begun:
-                        chunk.sequence.begun = True
-                        self._watcher.begun(chunk.sequence.request_id, start_s)
+            self._tell_begun(step, start_s)
             slowdown = self._slowdown_of(step.batch)
             stage_s = slowdown * self._options.latency.iteration_s(step.batch) / len(self._stage_free_s)
             if step.loads:
                 stage_s += step.loads * self._options.adapter_load_s / len(self._stage_free_s)
             ends = [self._through_stages(stage_s, start_s)]
-            if self._quiet_s and is_settled and not step.chunks and self._options.pipeline_stages == 1:
+            if self.quiet_s and is_settled and not step.chunks and self._options.pipeline_stages == 1:
                 self._run_ahead(lane, step.batch, ends)
             self._flights.append(_Flight(lane, step.chunks, step.batch, stage_s, start_s, ends))
 
@@ -519,7 +575,7 @@ class SimEngine:
         free = self._scheduler.pool.free
         requests, context = batch.decode_requests, batch.decode_context_tokens
         end_s = ends[0]
-        last_s = end_s + self._quiet_s
+        last_s = end_s + self.quiet_s
         iteration_s, slowdown = self._options.latency.iteration_s, self._slowdown_of(batch)
         for ahead in range(1, min(group.steps_to_next_end(), self._ahead)):
             free -= group.blocks_at(ahead)
@@ -554,8 +610,17 @@ class SimEngine:
 
     def _has_changed(self) -> None:
         """Something is to be decided anew: of the iterations decided ahead, only the one that runs stays."""
+        if self._group is not None:
+            self._group.changed()
+        else:
+            self.forget_ahead()
+        if len(self._flights) < len(self._stage_free_s):
+            self._wake()
+
+    def forget_ahead(self) -> None:
+        """Of the iterations decided ahead, only the one that runs stays."""
         flights = self._flights
-        if self._quiet_s and flights:
+        if self.quiet_s and flights:
             loop = asyncio.get_running_loop()
             self._settle(loop.time())
             for flight in flights:
@@ -566,8 +631,6 @@ class SimEngine:
                         # Nothing can be decided before that iteration ends: sleep until then, no longer.
                         self._alarm.cancel()
                         self._alarm = loop.call_at(flight.ends[-1], self._wake)
-        if len(flights) < len(self._stage_free_s):
-            self._wake()
 
     async def _sleep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Until the next iteration ends, a stage is free for a lane, prompts have waited for others for long
@@ -577,6 +640,9 @@ class SimEngine:
             self._is_busy = bool(self._flights)
             self._on_busy(self._is_busy)
         wake_s = self._scheduler.held_until_s or None
+        if wake_s is not None and self._group is not None:
+            wake_s = max(wake_s, self._group.busy_until_s)
+            wake_s = None if wake_s == math.inf else wake_s
         if self._flights:
             now_s = loop.time()
             wake_s = min([wake_s or math.inf, *[flight.ends[-1] for flight in self._flights]])
@@ -650,13 +716,13 @@ class SimEngine:
     def _outputs(self, now_s: float) -> list[TokenOutput]:
         """News of the requests that changed; of all, where every token is told at once."""
         changed, self._changed = self._changed, []
-        if not self._quiet_s:
+        if not self.quiet_s:
             known = {id(sequence) for sequence in changed}
             running = (s for group in self._scheduler.groups for s in group.members.values())
             changed = [s for s in running if id(s) not in known] + changed
         outputs = [self._output(sequence, now_s) for sequence in changed if self._has_news(sequence)]
         told = self._told
-        while told and told[0][0] + self._quiet_s < now_s:
+        while told and told[0][0] + self.quiet_s < now_s:
             told_s, sequence = told.popleft()
             # Told again since, or ended: then there is a later entry, or none is needed.
             if sequence.told_s == told_s and self._has_news(sequence) and not sequence.ended:
@@ -689,7 +755,7 @@ class SimEngine:
             output.finish_reason = wire.FINISH_LENGTH
             if sequence.hands_over:
                 output.kv_transfer_params = self._keep(sequence)
-        elif self._quiet_s:
+        elif self.quiet_s:
             self._told.append((now_s, sequence))
         return output
 

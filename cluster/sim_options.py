@@ -78,6 +78,13 @@ def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]
     options: dict[str, Any] = {**phase_options, **spec.engine_options, **pool.engine_options}
     hardware = sim.hardware_of(role)
     shape = _shape(spec, needed=hardware is not None)
+    if pool.data_parallel_size > 1 and shape is not None and shape.experts is None:
+        raise SpecError(
+            file="(spec)",
+            path=f"{role}.data_parallel_size",
+            value=pool.data_parallel_size,
+            allowed=f"{shape.name} has no experts that instances could share: raise {role}.count instead",
+        )
     block_size = int(options.get("block_size") or sim.block_size)
     max_model_len = int(
         options.get("max_model_len")
@@ -140,7 +147,11 @@ def _shape(spec: ClusterSpec, *, needed: bool) -> ModelShape | None:
 
 
 def kv_memory_bytes(
-    shape: ModelShape, hardware: Hardware, ranks: int, share: float | str | None = None
+    shape: ModelShape,
+    hardware: Hardware,
+    ranks: int,
+    share: float | str | None = None,
+    data_parallel_size: int = 1,
 ) -> float:
     """Of a GPU's memory, what is left for KV beside a rank's weights; negative where these don't fit.
 
@@ -148,7 +159,7 @@ def kv_memory_bytes(
         share: of the memory that vLLM takes; its default where it is None.
     """
     taken = hardware.memory_bytes * float(share or GPU_MEMORY_UTILIZATION)
-    return taken - shape.weight_bytes / ranks - ACTIVATION_BYTES
+    return taken - shape.weight_bytes_per_rank(ranks, data_parallel_size) - ACTIVATION_BYTES
 
 
 def _kv_tokens(
@@ -171,13 +182,16 @@ def _kv_tokens(
         return int(int(room) / per_rank)
     if hardware is None:
         return DEFAULT_KV_TOKENS
-    left = kv_memory_bytes(shape, hardware, pool.ranks, options.get("gpu_memory_utilization"))
+    left = kv_memory_bytes(
+        shape, hardware, pool.ranks, options.get("gpu_memory_utilization"), pool.data_parallel_size
+    )
     if left <= 0:
+        ranks = pool.ranks * pool.data_parallel_size
         raise SpecError(
             file="(spec)",
             path=f"{role}.tensor_parallel_size",
             value=pool.tensor_parallel_size,
-            allowed=f"{shape.name} has {shape.weight_bytes / 1e9:.0f} GB of weights, which {pool.ranks} "
+            allowed=f"{shape.name} has {shape.weight_bytes / 1e9:.0f} GB of weights, which {ranks} "
             f"{hardware.name} can't hold: use more ranks",
         )
     return int(left / per_rank)
@@ -207,19 +221,23 @@ def _said(spec: ClusterSpec, role: Role, shape: ModelShape | None, hardware: Har
     path = sim.profile.get(role) if isinstance(sim.profile, dict) else sim.profile
     if path is not None:
         profile = load_profile(path)
-        measured = profile.tensor_parallel_size, profile.pipeline_parallel_size
-        asked = pool.tensor_parallel_size, pool.pipeline_parallel_size
+        measured = profile.tensor_parallel_size, profile.pipeline_parallel_size, 1
+        asked = pool.tensor_parallel_size, pool.pipeline_parallel_size, pool.data_parallel_size
         if measured != asked:
             raise SpecError(
                 file="(spec)",
                 path="sim.profile",
                 value=path,
-                allowed=f"it was measured with (tensor, pipeline) parallel sizes {measured}, and {role} has "
-                f"{asked}: measure that layout",
+                allowed=f"it was measured with (tensor, pipeline, data) parallel sizes {measured}, and {role}"
+                f" has {asked}: measure that layout; for data-parallel groups give 'hardware' instead",
             )
         return ProfiledLatency(profile)
     if hardware is not None and shape is not None:
         return RooflineLatency(
-            shape, hardware, pool.tensor_parallel_size, pipeline_parallel_size=pool.pipeline_parallel_size
+            shape,
+            hardware,
+            pool.tensor_parallel_size,
+            pipeline_parallel_size=pool.pipeline_parallel_size,
+            data_parallel_size=pool.data_parallel_size,
         )
     return ConstantLatency(step_s=sim.step_s, prefill_s_per_token=sim.prefill_s_per_token)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.hardware import hardware_named
-from cluster.latency import Batch
+from cluster.latency import EMPTY_BATCH, Batch
 from cluster.model_shape import named_shape
 from cluster.roofline import EFFICIENCIES, RooflineLatency, efficiency_for
 
@@ -127,6 +127,33 @@ def test_few_tokens_touch_few_experts() -> None:
     one, all_touched = latency.linear_s(1), latency.linear_s(512)
     assert all_touched > 8 * one  # 8 of 256 experts, and the shared layers
     assert latency.linear_s(513) < 1.01 * all_touched
+
+
+def expert_group(size: int) -> RooflineLatency:
+    return RooflineLatency(named_shape("deepseek-v3"), hardware_named("h200"), 1, data_parallel_size=size)
+
+
+def test_a_group_reads_its_experts_once() -> None:
+    """Alone, every GPU would have to read all experts for a batch that touches them all."""
+    batch = decodes(64, 1000)
+    alone = roofline("deepseek-v3", hardware="h200").iteration_s(batch)
+    assert expert_group(32).iteration_s(batch) < alone / 4
+
+
+def test_a_group_takes_as_long_as_its_slowest_instance() -> None:
+    latency = expert_group(8)
+    batch, empty = decodes(64, 1000), EMPTY_BATCH
+    equal = latency.group_s([batch] * 8)
+    assert equal == pytest.approx(latency.iteration_s(batch))
+    one = latency.group_s([batch] + [empty] * 7)
+    assert 0.0 < one < equal  # the experts have an eighth to do, attention as much
+    assert latency.group_s([prompt(4096)] + [batch] * 7) > latency.group_s([prompt(4096)] + [empty] * 7)
+    assert latency.group_s([empty] * 8) == 0.0
+
+
+def test_only_experts_are_shared() -> None:
+    with pytest.raises(ValueError, match="data parallel size is 2, expected at least 1, and 1 without"):
+        RooflineLatency(named_shape("llama-3-8b"), hardware_named("h100"), 1, data_parallel_size=2)
 
 
 def test_latent_attention_is_not_divided_by_ranks() -> None:

@@ -180,7 +180,7 @@ def test_a_profile_of_another_layout_is_refused(tmp_path: Path) -> None:
     path = profile_at(tmp_path / "p.json", tensor_parallel_size=2)
     error = refusal({"profile": path})
     assert error.path == "sim.profile"
-    assert "(2, 1), and decode has (1, 1)" in str(error)
+    assert "(2, 1, 1), and decode has (1, 1, 1)" in str(error)
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:

@@ -48,13 +48,21 @@ def steady(count: int, *, gap_s: float = 0.1, tokens: int = 64, answer: int = 20
     ]
 
 
-pools = st.fixed_dictionaries(
+alone = st.fixed_dictionaries(
     {
         "count": st.integers(1, 3),
         "tensor_parallel_size": st.sampled_from([1, 2]),
         "pipeline_parallel_size": st.sampled_from([1, 1, 2, 3]),
     }
 )
+together = st.sampled_from(
+    [
+        {"count": 2, "data_parallel_size": 2},
+        {"count": 3, "data_parallel_size": 3},
+        {"count": 4, "data_parallel_size": 2},
+    ]
+)
+pools = st.one_of(alone, alone, together)
 few_requests = st.lists(
     st.builds(
         WorkloadRequest,
@@ -106,7 +114,7 @@ def worlds(draw: st.DrawFn) -> tuple[ClusterSpec, Scenario]:
     if draw(st.booleans()):
         sim |= {
             "hardware": "a100",
-            "shape": "opt-13b",
+            "shape": "mixtral-8x7b",
             "network": {"nic_gbps": draw(st.sampled_from([1, 400]))},
         }
     else:

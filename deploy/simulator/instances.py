@@ -13,6 +13,7 @@ from cluster.engine import tell_doorman
 from cluster.instance import GroupRank, InstanceInfo, InstanceLoad, Role
 from cluster.latency import Batch, LatencyProfile, Levels, ProfiledLatency, level_at
 from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
+from cluster.sim_group import SimGroup
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
 from cluster.wire import DUE_PARAM, KEEP_PARAM, Blocks, GoOn, Offer, TokenOutput, TokenRequest
@@ -96,6 +97,7 @@ class SimLife:
             on_busy=cluster.on_busy(info),
             quiet_s=QUIET_S,
             tells_blocks=cluster.router.wants_blocks,
+            group=cluster.groups.get(info.instance_id),
             **_PARTS[info.role](cluster.spec, options.latency),
         )
         self._doorman = doorman_of(cluster.spec) if info.role is Role.PREFILL else None
@@ -133,6 +135,8 @@ class SimLife:
         self.record.lives.append(self.engine.counters)
         self._serving = asyncio.create_task(self._serve(), name=f"serve-{self._instance_id}")
         self._cluster.lives[self._instance_id] = self
+        if (together := self._cluster.groups.get(self._instance_id)) is not None:
+            together.join(self.engine)
         node = self._cluster.network.node_of(self._instance_id)
         return Ready(address="virtual", node=node, pid=0, facts=self.engine.facts())
 
@@ -314,6 +318,7 @@ class SimInstances:
         lives: READY lives by instance id.
         block_hashes: of the prompts under way by request id, so that no engine hashes what another has.
         records: what each place did.
+        groups: of those that compute together, by instance id.
         latency: of the instances of each role.
     """
 
@@ -343,6 +348,11 @@ class SimInstances:
         self.records = {
             instance_id: Record(instance_id, role, of_role[role], []) for instance_id, role in spec.places()
         }
+        self.groups: dict[str, SimGroup] = {}
+        for ids in spec.groups():
+            if len(ids) > 1:
+                together = SimGroup(self.records[ids[0]].options.latency, len(ids))
+                self.groups |= dict.fromkeys(ids, together)
 
     def on_busy(self, info: InstanceInfo) -> Callable[[bool], None] | None:
         """What an engine shall tell: where instances share cores, one slows the other."""

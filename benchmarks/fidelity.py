@@ -2,6 +2,7 @@
 
 python -m benchmarks.fidelity                # a model whose engine, not the front end, has the work
 python -m benchmarks.fidelity --size tiny    # the demo's model: here both compete for the same two cores
+python -m benchmarks.fidelity --speed 2      # on a machine that is twice as fast: rates twice as high
 python -m benchmarks.fidelity --keep FILE    # also keep what was measured ...
 python -m benchmarks.fidelity --again FILES  # ... to fit and simulate it again, several runs together
 
@@ -77,7 +78,7 @@ class Plan:
     max_concurrency: int
 
 
-# From next to idle to more than the prefill instance can do.
+# From next to idle to more than the prefill instance can do, on a machine where that is five requests/s.
 PLANS = {
     "tiny": Plan(1024, 128, ((4.0, 20.0), (20.0, 20.0), (60.0, 10.0)), 64),
     "medium": Plan(512, 64, ((0.5, 40.0), (2.5, 40.0), (10.0, 12.0)), 16),
@@ -266,11 +267,13 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=list(SIZES), default="medium")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--speed", type=float, default=1.0, help="of this machine: the rates times it")
     parser.add_argument("--profile", type=Path, help="write the profile here")
     parser.add_argument("--keep", type=Path, help="write what was measured here")
     parser.add_argument("--again", type=Path, nargs="+", help="what earlier runs kept, instead of measuring")
     args = parser.parse_args()
     plan = PLANS[args.size]
+    plan = replace(plan, loads=tuple((rate * args.speed, s / args.speed) for rate, s in plan.loads))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         spec_path = spec_for(directory, build_model(directory, args.size), args.size)

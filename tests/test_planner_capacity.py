@@ -36,8 +36,33 @@ def test_pipeline_stages_only_where_they_are_asked_for() -> None:
 
 def test_a_model_that_no_node_holds_is_told_with_its_size() -> None:
     with pytest.raises(Infeasible, match=r"671 GB of weights.*8 h100-80gb on one node has 629 GB"):
-        Capacity(goal_of(model="deepseek-v3", gpus=256)).layouts()
-    assert Capacity(goal_of(model="deepseek-v3", gpus=256, gpu="h200")).layouts() == (Layout(8),)
+        Capacity(goal_of(model="deepseek-v3", gpus=8)).layouts()
+    assert Layout(8) in Capacity(goal_of(model="deepseek-v3", gpus=8, gpu="h200")).layouts()
+
+
+def test_groups_that_share_experts_hold_what_no_node_does() -> None:
+    layouts = Capacity(goal_of(model="deepseek-v3", gpus=256)).layouts()
+    assert Layout(1, data=16) in layouts
+    assert all(layout.data > 1 and 16 <= layout.gpus <= 32 for layout in layouts)
+    assert all(layout.data == 1 for layout in Capacity(goal_of(model="llama-3-8b", gpus=8)).layouts())
+
+
+def test_a_group_of_latent_attention_decodes_more_than_its_ranks_in_one_instance() -> None:
+    """Tensor parallel ranks each have all of its KV, those of a group only their own requests'."""
+    capacity = Capacity(goal_of(model="deepseek-v3", gpus=8, gpu="h200"))
+    assert capacity.decode_rps(Layout(1, data=8)) > 2 * capacity.decode_rps(Layout(8))
+    assert 8 * capacity.kv_tokens(Layout(1, data=8)) > 4 * capacity.kv_tokens(Layout(8))
+
+
+def test_groups_that_are_surely_worse_are_not_tried() -> None:
+    capacity = Capacity(goal_of(model="deepseek-v3", gpus=64, gpu="h200", slo=Slo(ttft_s=2.0, tpot_s=0.05)))
+    layouts = capacity.layouts()
+    left = capacity.for_decode(layouts)
+    assert Layout(8) in left
+    assert Layout(1, data=8) in left
+    assert len(left) <= len(layouts) / 2
+    tight = Capacity(goal_of(model="deepseek-v3", gpus=64, gpu="h200", slo=Slo(ttft_s=0.3, tpot_s=0.05)))
+    assert set(capacity.for_prefill(layouts)) < set(tight.for_prefill(layouts))
 
 
 def test_bounds_below_the_floor_of_the_hardware_are_told_with_the_floor() -> None:

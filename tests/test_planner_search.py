@@ -17,7 +17,7 @@ from deploy.planner.goal import Infeasible
 from deploy.planner.plan import Plan
 from deploy.planner.price import watts
 from deploy.planner.search import plan
-from deploy.planner.trial import goodput, simulate, spec_of
+from deploy.planner.trial import goodput, raw_spec, simulate, spec_of
 from tests.plans import COARSE, goal_of, short_trials
 
 __all__ = ["short_trials"]
@@ -142,3 +142,18 @@ def test_the_least_gpus_that_hold_the_rate() -> None:
         plan(
             replace(goal, requests=goal_of(workload="fixed:rate=120,count=600,input=3000,output=60").requests)
         )
+
+
+def test_a_mixture_of_experts_is_planned_in_groups_that_a_spec_can_say() -> None:
+    goal = goal_of(model="mixtral-8x7b", gpus=4, seeds=1, slo=Slo(ttft_s=1.0, tpot_s=0.05))
+    capacity = Capacity(goal)
+    of_groups = [one for one in splits(capacity, capacity.layouts(), goal.room) if one.decode.data > 1]
+    assert of_groups
+    spec = parse_spec(raw_spec(goal, of_groups[0]))
+    layout = of_groups[0].decode
+    assert spec.decode.count == of_groups[0].decode_count * layout.data
+    assert spec.decode.data_parallel_size == layout.data
+    trial = simulate(goal, of_groups[0], 2.0, 0)
+    assert trial.attainment > 0.9
+    chosen = plan(goal).chosen
+    assert chosen.goodput_rps >= 2.0

@@ -14,7 +14,7 @@ from random import Random
 from statistics import fmean
 
 from cluster.instance import Role
-from cluster.latency import Batch, LatencyModel
+from cluster.latency import EMPTY_BATCH, Batch, LatencyModel, group_s
 from cluster.placement import place
 from cluster.request import Slo
 from cluster.sim_options import DEFAULT_KV_TOKENS, GPU_MEMORY_UTILIZATION, kv_memory_bytes
@@ -29,6 +29,12 @@ from router.predictor import Predictor
 SAMPLE = 512
 # From where on transfers wait for each other: then instances of both pools are put on each node.
 BUSY_NETWORK = 0.25
+# Groups of more GPUs are not tried: a node or four is what mixtures of experts are served on in the field.
+MOST_GROUP_GPUS = 32
+# A closed form that is so many times another is not wrong about which is better.
+SURELY = 1.25
+# Of the bound on the first token, what a prompt may take alone without waiting being short of time.
+PART_OF_TTFT = 1 / 3
 # vLLM 0.32's default on large GPUs (`max_num_seqs`).
 MOST_DECODES = 1024
 
@@ -72,21 +78,21 @@ class Capacity:
         hardware = goal.hardware_of(layout)
         if goal.shape is None or hardware is None:
             return DEFAULT_KV_TOKENS
-        left = kv_memory_bytes(goal.shape, hardware, layout.gpus)
+        left = kv_memory_bytes(goal.shape, hardware, layout.ranks, data_parallel_size=layout.data)
         return int(left / goal.shape.kv_bytes_per_token_and_rank(layout.tensor, layout.pipeline))
 
     def prefill_rps(self, layout: Layout) -> float:
-        """Prompts that an instance computes in a second."""
+        """Prompts that an instance or group computes in a second."""
         if layout not in self._prefill_s:
             predictor = Predictor({Role.PREFILL: self._goal.latency(layout)})
             self._prefill_s[layout] = fmean(
                 predictor.prefill_s(Role.PREFILL, request.input_tokens)[1]
                 for request in self._sample.requests
             )
-        return layout.pipeline / self._prefill_s[layout]
+        return layout.pipeline * layout.data / self._prefill_s[layout]
 
     def decode_rps(self, layout: Layout) -> float:
-        """Answers that an instance gives in a second, each token within its bound; 0 for none."""
+        """Answers that an instance or group gives in a second, each token within its bound; 0 for none."""
         if layout not in self._decode_s:
             latency = self._goal.latency(layout)
             memory = self.kv_tokens(layout) / self._context
@@ -97,7 +103,21 @@ class Capacity:
                 request.output_tokens * token_s[slo.tpot_s]
                 for request, slo in zip(self._sample.requests, self._sample.slos, strict=True)
             )
-        return layout.pipeline / self._decode_s[layout]
+        return layout.pipeline * layout.data / self._decode_s[layout]
+
+    def for_prefill(self, layouts: Sequence[Layout]) -> tuple[Layout, ...]:
+        """Without groups that are surely worse than another layout of as few GPUs that is quick enough."""
+        quick_s = PART_OF_TTFT * max(slo.ttft_s for slo in self._sample.slos)
+        prompt = round(percentile([r.input_tokens for r in self._sample.requests], 90))
+
+        def alone_s(layout: Layout) -> float:
+            return max(quick_s, self._goal.latency(layout).iteration_s(Batch(prompt, prompt * prompt, 1)))
+
+        return _not_surely_worse(layouts, self.prefill_rps, alone_s)
+
+    def for_decode(self, layouts: Sequence[Layout]) -> tuple[Layout, ...]:
+        """Without groups that are surely worse than another layout of as few GPUs."""
+        return _not_surely_worse(layouts, self.decode_rps, lambda layout: 0.0)
 
     def rps(self, deployment: Deployment) -> float:
         """Of a whole deployment, each pool at its own work."""
@@ -129,6 +149,8 @@ class Capacity:
         """Whether there are several nodes, enough of them, and one of them has instances of both pools."""
         goal, per_node = self._goal, self._goal.gpus_per_node
         if deployment.prefill is None or deployment.prefill.gpu != deployment.decode.gpu:
+            return False
+        if max(deployment.prefill.data, deployment.decode.data) > 1:  # groups are placed as they are
             return False
         if goal.hardware_of(deployment.decode) is None or deployment.gpus <= per_node:
             return False
@@ -164,12 +186,13 @@ class Capacity:
         SLO even alone on the fastest layout."""
         ttft: list[float] = []
         tpot: list[float] = []
-        latencies = [self._goal.latency(layout) for layout in layouts]
+        latencies = [(self._goal.latency(layout), [EMPTY_BATCH] * (layout.data - 1)) for layout in layouts]
         kept = 0
         for request, slo in zip(self._sample.requests, self._sample.slos, strict=True):
             prompt = request.input_tokens
-            ttft.append(min(one.iteration_s(Batch(prompt, prompt * prompt, 1)) for one in latencies))
-            tpot.append(min(one.iteration_s(Batch(0, 0, 0, 1, prompt)) for one in latencies))
+            alone, next_token = Batch(prompt, prompt * prompt, 1), Batch(0, 0, 0, 1, prompt)
+            ttft.append(min(group_s(one, [alone, *others]) for one, others in latencies))
+            tpot.append(min(group_s(one, [next_token, *others]) for one, others in latencies))
             kept += ttft[-1] <= slo.ttft_s and (tpot[-1] <= slo.tpot_s or request.output_tokens == 1)
         target = self._goal.attainment
         if kept < target * len(ttft):
@@ -216,6 +239,20 @@ class Capacity:
         return latency.iteration_s(Batch(0, 0, 0, low, int(low * context))) / low
 
 
+def _not_surely_worse(
+    layouts: Sequence[Layout], rps: Callable[[Layout], float], alone_s: Callable[[Layout], float]
+) -> tuple[Layout, ...]:
+    def beats(other: Layout, one: Layout) -> bool:
+        return (
+            other.gpus <= one.gpus
+            and other.gpu == one.gpu
+            and rps(other) / other.gpus > SURELY * rps(one) / one.gpus
+            and alone_s(other) <= alone_s(one)
+        )
+
+    return tuple(one for one in layouts if one.data == 1 or not any(beats(o, one) for o in layouts))
+
+
 def _all_layouts(goal: Goal) -> Iterator[Layout]:
     if goal.profiles:
         yield from sorted(layout for layout in goal.profiles if layout.gpus <= goal.gpus)
@@ -229,7 +266,17 @@ def _all_layouts(goal: Goal) -> Iterator[Layout]:
                 for pipeline in range(1, node // tensor + 1 if goal.pipeline else 2):
                     if not goal.shape.layers % pipeline:
                         yield Layout(tensor, pipeline, gpu)
+                yield from _group_layouts(goal, tensor, gpu)
             tensor *= 2
+
+
+def _group_layouts(goal: Goal, tensor: int, gpu: str) -> Iterator[Layout]:
+    """Groups that share the experts, of which each GPU has at least one; a group may fill several nodes."""
+    experts = goal.shape.experts if goal.shape else None
+    data = 2
+    while experts and tensor * data <= min(goal.room.of(gpu), experts.count, MOST_GROUP_GPUS):
+        yield Layout(tensor, gpu=gpu, data=data)
+        data *= 2
 
 
 Allowed = Callable[[Deployment], bool]
@@ -245,8 +292,8 @@ def splits(
     """The best ratios, by closed forms, for every pair of layouts (P/D-Serve, arXiv 2408.08147), the one with
     the most requests per second and GPU first."""
     found: list[Deployment] = []
-    for prefill in layouts:
-        for decode in layouts:
+    for prefill in capacity.for_prefill(layouts):
+        for decode in capacity.for_decode(layouts):
             options = []
             for count in range(1, fleet.most(prefill) + 1):
                 most = fleet.most(decode, prefill, count)
@@ -286,13 +333,14 @@ def front(
     """Of each pair of layouts, and of each without the split, those than which nothing cheaper could do as
     much by closed form; the cheapest first."""
     found: list[Deployment] = []
+    prefills = capacity.for_prefill(layouts)
     for one in layouts:
         sizes = (
             Deployment(prefill=None, prefill_count=0, decode=one, decode_count=count)
             for count in range(1, fleet.most(one) + 1)
         )
         found += _undominated(capacity, filter(allowed, sizes), price)
-        for other in layouts:
+        for other in capacity.for_decode(layouts) if one in prefills else ():
             pairs = (
                 Deployment(prefill=one, prefill_count=count, decode=other, decode_count=decodes)
                 for count in range(1, fleet.most(one) + 1)

@@ -7,18 +7,26 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """Ranks of an instance, and the type of its GPUs where there are several."""
+    """Ranks of an instance, and the type of its GPUs where there are several; with `data` above 1, those of a
+    group of so many instances, which is counted as one then."""
 
     tensor: int
     pipeline: int = 1
     gpu: str = ""
+    data: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Of each instance."""
+        return self.tensor * self.pipeline
 
     @property
     def gpus(self) -> int:
-        return self.tensor * self.pipeline
+        return self.ranks * self.data
 
     def __str__(self) -> str:
-        ranks = f"TP{self.tensor}" + (f" PP{self.pipeline}" if self.pipeline > 1 else "")
+        sizes = (("TP", self.tensor), ("PP", self.pipeline), ("DP", self.data))
+        ranks = " ".join(f"{name}{size}" for name, size in sizes if size > 1 or name == "TP")
         return f"{ranks} {self.gpu.partition('-')[0].upper()}" if self.gpu else ranks
 
 

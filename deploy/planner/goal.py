@@ -99,7 +99,9 @@ class Goal:
         hardware = self.hardware_of(layout)
         assert self.shape is not None
         assert hardware is not None
-        return RooflineLatency(self.shape, hardware, layout.tensor, layout.pipeline)
+        return RooflineLatency(
+            self.shape, hardware, layout.tensor, layout.pipeline, data_parallel_size=layout.data
+        )
 
     def part(
         self, seed: int, count: int, rate_rps: float

@@ -166,10 +166,12 @@ def goodput(goal: Goal, deployment: Deployment, seed: int, start_rps: float, lea
 
 
 def _pool(layout: Layout, count: int, base: Mapping[str, Any]) -> dict[str, Any]:
-    pool: dict[str, Any] = {**base, "count": count, "tensor_parallel_size": layout.tensor}
-    pool.pop("pipeline_parallel_size", None)
-    if layout.pipeline > 1:
-        pool["pipeline_parallel_size"] = layout.pipeline
+    pool: dict[str, Any] = {**base, "count": count * layout.data, "tensor_parallel_size": layout.tensor}
+    sizes = {"pipeline_parallel_size": layout.pipeline, "data_parallel_size": layout.data}
+    for key, size in sizes.items():
+        pool.pop(key, None)
+        if size > 1:
+            pool[key] = size
     if layout.gpu:  # Ray's own name of what a node has
         kept = {key: of for key, of in base.get("resources", {}).items() if not key.startswith(GPU_TYPE)}
         pool["resources"] = {**kept, f"{GPU_TYPE}{layout.gpu.partition('-')[0].upper()}": 0.001}

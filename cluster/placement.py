@@ -9,9 +9,6 @@ from dataclasses import dataclass, replace
 from cluster.instance import Role
 from cluster.spec import ClusterSpec
 
-# Where nothing says how many GPUs a node has.
-DEFAULT_GPUS_PER_NODE = 8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
@@ -35,6 +32,7 @@ def place(
     gpus_per_node: int,
     *,
     mixed: bool = False,
+    together: Mapping[str, int] | None = None,
 ) -> tuple[Placement, ...]:
     """Put `counts[role]` instances `role-0`, `role-1`, ... on nodes, roles in the order of `counts`.
 
@@ -45,6 +43,8 @@ def place(
     Args:
         mixed: whether the roles take turns, by their counts, so that nodes have instances of each, as
             DistServe places for a slow network between nodes (OSDI'24, algorithm 2).
+        together: by role, how many instances in a row compute together: on one node if they fit it, else on
+            nodes of their own.
     """
     if gpus_per_node < 1:
         raise ValueError(f"gpus_per_node is {gpus_per_node}, expected at least 1")
@@ -56,7 +56,13 @@ def place(
     for role, index in _by_turns(counts) if mixed else _by_role(counts):
         gpus = gpus_per_instance[role]
         nodes = math.ceil(gpus / gpus_per_node)
-        node = next((n for n, room in free.items() if room >= gpus), fresh)
+        size = (together or {}).get(role, 1)
+        if index % size:  # beside the one before it
+            before = placements[-1].node
+            node = before if free.get(before, 0) >= gpus else fresh
+        else:
+            need = min(gpus * size, gpus_per_node) if size > 1 else gpus
+            node = next((n for n, room in free.items() if room >= need), fresh)
         placements.append(Placement(instance_id=f"{role}-{index}", node=node, gpus=gpus, nodes=nodes))
         if node == fresh:
             fresh += nodes
@@ -73,12 +79,14 @@ def placements_of(spec: ClusterSpec) -> tuple[Placement, ...]:
     roles = {str(role): spec.pool(role) for role in Role}
     counts = {name: pool.count for name, pool in roles.items()}
     ranks = {name: pool.ranks for name, pool in roles.items()}
+    together = {name: pool.data_parallel_size for name, pool in roles.items()}
     if not spec.sim.is_mixed:
-        return place(counts, ranks, _gpus_per_node(spec, Role.PREFILL), mixed=spec.colocate is not None)
+        per_node = gpus_per_node(spec, Role.PREFILL)
+        return place(counts, ranks, per_node, mixed=spec.colocate is not None, together=together)
     placed: list[Placement] = []
     for role in Role:
         first = max((one.node + one.nodes for one in placed), default=0)
-        alone = place({str(role): counts[role]}, ranks, _gpus_per_node(spec, role))
+        alone = place({str(role): counts[role]}, ranks, gpus_per_node(spec, role), together=together)
         placed += (replace(one, node=first + one.node) for one in alone)
     return tuple(placed)
 
@@ -91,10 +99,9 @@ def sharing(spec: ClusterSpec) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, nodes.values()))
 
 
-def _gpus_per_node(spec: ClusterSpec, role: Role) -> int:
-    hardware = spec.sim.hardware_of(role)
-    usual = hardware.gpus_per_node if hardware else DEFAULT_GPUS_PER_NODE
-    return spec.colocate or spec.sim.network.gpus_per_node or usual
+def gpus_per_node(spec: ClusterSpec, role: Role) -> int:
+    """Of a pool, as far as the spec says."""
+    return spec.colocate or spec.sim.links_of(role).gpus_per_node
 
 
 def _by_role(counts: Mapping[str, int]) -> Iterable[tuple[str, int]]:

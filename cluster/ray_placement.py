@@ -130,6 +130,11 @@ class RayLauncher:
             raise
         return RayWorker(actor, own)
 
+    def give_up(self, instance_ids: Sequence[str]) -> None:
+        """See `deploy.controller.Launcher`; a node's instances keep it for the others there."""
+        if not self._spec.colocate and (group := self._groups.pop(tuple(instance_ids), None)) is not None:
+            remove_placement_group(group)
+
     def _group(self, instance_ids: Sequence[str]) -> Any:
         """For each a bundle on one node, as tensor parallelism needs NVLink; with `colocate` all of them on
         one, so that KV stays there."""

@@ -459,6 +459,11 @@ class SimEngine:
     def free_blocks(self) -> int:
         return self._scheduler.pool.free
 
+    @property
+    def holds(self) -> bool:
+        """Whether a prompt waits for others to be computed with."""
+        return bool(self._scheduler.held_until_s)
+
     def most_ahead(self) -> int:
         """Iterations in a row that change nothing but contexts."""
         running = self._scheduler.groups[0].members

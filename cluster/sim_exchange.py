@@ -31,9 +31,6 @@ logger = logging.getLogger(__name__)
 CONNECT_DEADLINE_S = 2.0
 # A source that is stopped, not dead, keeps its connections; this is how long its readers believe in it.
 ANSWER_DEADLINE_S = 5.0
-_BYTES_PER_S_OF_GBPS = 1e9 / 8
-# Where nothing says what the links are: fast enough to be no matter.
-_UNKNOWN_RATE_BYTES_PER_S = 1e15
 
 Message = list[str | int | bool]
 
@@ -48,24 +45,19 @@ class Source(Protocol):
 
 def nic_bytes_per_s(spec: ClusterSpec, role: Role) -> float:
     """What an instance of a role sends or receives to or from other nodes, in bytes per second."""
-    network, hardware = spec.sim.network, spec.sim.hardware_of(role)
-    rate = hardware.nic_bytes_per_s if hardware else _UNKNOWN_RATE_BYTES_PER_S
-    if network.nic_gbps:
-        rate = network.nic_gbps * _BYTES_PER_S_OF_GBPS
-    nvlink = hardware.nvlink_bytes_per_s if hardware else None
-    if (network.nvlink_gbps if network.nvlink_gbps is not None else nvlink) == 0 and hardware is not None:
-        rate = min(rate, hardware.pcie_bytes_per_s)  # without NVLink the way to the NIC is PCIe
+    links = spec.sim.links_of(role)
+    # Without NVLink the way to the NIC is PCIe.
+    rate = (
+        links.nic_bytes_per_s
+        if links.nvlink_bytes_per_s
+        else min(links.nic_bytes_per_s, links.pcie_bytes_per_s)
+    )
     return rate * spec.pool(role).ranks
 
 
 def inside_bytes_per_s(spec: ClusterSpec, role: Role) -> float:
     """What an instance of a role sends or receives within its node, in bytes per second."""
-    network, hardware = spec.sim.network, spec.sim.hardware_of(role)
-    rate = hardware.link_bytes_per_s if hardware else _UNKNOWN_RATE_BYTES_PER_S
-    if network.nvlink_gbps is not None:
-        pcie = hardware.pcie_bytes_per_s if hardware else _UNKNOWN_RATE_BYTES_PER_S
-        rate = network.nvlink_gbps * _BYTES_PER_S_OF_GBPS or pcie
-    return rate * spec.pool(role).ranks
+    return spec.sim.links_of(role).link_bytes_per_s * spec.pool(role).ranks
 
 
 def _beside(spec: ClusterSpec, instance_id: str) -> frozenset[str]:

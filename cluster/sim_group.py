@@ -40,6 +40,7 @@ class SimGroup:
         if engine in self._members:
             self._members.remove(engine)
             self._is_broken = bool(self._members)
+            self.changed()
 
     @property
     def busy_until_s(self) -> float:
@@ -61,7 +62,7 @@ class SimGroup:
         loads_s = max(member.loads_s(step) for member, step in zip(self._members, steps, strict=True))
         ends = [now_s + slowdown * group_s(self._latency, batches) + loads_s]
         quiet_s = min(member.quiet_s for member in self._members)
-        is_settled = all(settled for _, settled in decided)
+        is_settled = all(settled for _, settled in decided) and not any(m.holds for m in self._members)
         if quiet_s and is_settled and not any(step and step.chunks for step in steps):
             self._run_ahead(batches, ends, slowdown, quiet_s)
         for member, step in zip(self._members, steps, strict=True):

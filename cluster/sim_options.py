@@ -78,13 +78,16 @@ def twin_options(spec: ClusterSpec, role: Role, phase_options: Mapping[str, Any]
     options: dict[str, Any] = {**phase_options, **spec.engine_options, **pool.engine_options}
     hardware = sim.hardware_of(role)
     shape = _shape(spec, needed=hardware is not None)
-    if pool.data_parallel_size > 1 and shape is not None and shape.experts is None:
-        raise SpecError(
-            file="(spec)",
-            path=f"{role}.data_parallel_size",
-            value=pool.data_parallel_size,
-            allowed=f"{shape.name} has no experts that instances could share: raise {role}.count instead",
-        )
+    if pool.data_parallel_size > 1 and shape is not None:
+        experts = shape.experts.count if shape.experts else 0
+        if experts < pool.ranks * pool.data_parallel_size:
+            raise SpecError(
+                file="(spec)",
+                path=f"{role}.data_parallel_size",
+                value=pool.data_parallel_size,
+                allowed=f"{shape.name} has {experts} experts, and each GPU of a group needs one: "
+                f"raise {role}.count instead",
+            )
     block_size = int(options.get("block_size") or sim.block_size)
     max_model_len = int(
         options.get("max_model_len")
@@ -235,7 +238,7 @@ def _said(spec: ClusterSpec, role: Role, shape: ModelShape | None, hardware: Har
     if hardware is not None and shape is not None:
         return RooflineLatency(
             shape,
-            hardware,
+            sim.network.joining(hardware),
             pool.tensor_parallel_size,
             pipeline_parallel_size=pool.pipeline_parallel_size,
             data_parallel_size=pool.data_parallel_size,

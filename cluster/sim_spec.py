@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cluster.frozen import Frozen
 from cluster.hardware import Hardware, hardware_named
 from cluster.instance import Role
+
+_BYTES_PER_S_OF_GBPS = 1e9 / 8
+# Where nothing says what the links are: fast enough to be no matter.
+_UNKNOWN_BYTES_PER_S = 1e15
+_UNKNOWN = Hardware(
+    name="unknown",
+    flops=0.0,
+    memory_bytes=0,
+    memory_bytes_per_s=0.0,
+    nvlink_bytes_per_s=_UNKNOWN_BYTES_PER_S,
+    pcie_bytes_per_s=_UNKNOWN_BYTES_PER_S,
+    nic_bytes_per_s=_UNKNOWN_BYTES_PER_S,
+    gpus_per_node=8,
+)
 
 
 class NetworkSpec(Frozen):
@@ -23,6 +40,17 @@ class NetworkSpec(Frozen):
     nic_gbps: PositiveFloat | None = None
     nvlink_gbps: float | None = Field(default=None, ge=0)
     latency_s: float = Field(default=0.001, ge=0)
+
+    def joining(self, hardware: Hardware) -> Hardware:
+        """GPUs of that kind, with these links between them."""
+        links: dict[str, Any] = {}
+        if self.gpus_per_node:
+            links["gpus_per_node"] = self.gpus_per_node
+        if self.nic_gbps:
+            links["nic_bytes_per_s"] = self.nic_gbps * _BYTES_PER_S_OF_GBPS
+        if self.nvlink_gbps is not None:
+            links["nvlink_bytes_per_s"] = self.nvlink_gbps * _BYTES_PER_S_OF_GBPS
+        return replace(hardware, **links)
 
 
 class SimEngineSpec(Frozen):
@@ -66,6 +94,10 @@ class SimEngineSpec(Frozen):
         """The GPUs of a pool, where they are named. Raises SpecError for unknown ones."""
         name = self.hardware[role] if isinstance(self.hardware, dict) else self.hardware
         return hardware_named(name) if name else None
+
+    def links_of(self, role: Role) -> Hardware:
+        """The links of the GPUs of a pool; of the rest nothing is known where they are not named."""
+        return self.network.joining(self.hardware_of(role) or _UNKNOWN)
 
     @property
     def is_mixed(self) -> bool:

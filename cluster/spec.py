@@ -227,6 +227,8 @@ class ClusterSpec(Frozen):
             _refuse(pool.engine_options, f"{role}.engine_options")
             if "enable_lora" in pool.engine_options:
                 raise ValueError(f"{role}.engine_options.enable_lora: both pools need it, use engine_options")
+        if self.colocate is not None and max(self.pool(role).data_parallel_size for role in Role) > 1:
+            raise ValueError("colocate: the instances of a data-parallel group are beside each other instead")
         if self.colocate is not None and self.sim.is_mixed:
             raise ValueError("colocate: the pools have different GPUs, which are not on one node")
         _refuse(self.engine_options, "engine_options")
@@ -273,6 +275,11 @@ _OURS = {
     "data_parallel_rank": "it follows from 'data_parallel_size' of the pool",
     "data_parallel_address": "it follows from 'data_parallel_size' of the pool",
     "data_parallel_rpc_port": "it follows from 'data_parallel_size' of the pool",
+    "data_parallel_size_local": "it follows from 'data_parallel_size' of the pool",
+    "data_parallel_start_rank": "it follows from 'data_parallel_size' of the pool",
+    "data_parallel_external_lb": "it follows from 'data_parallel_size' of the pool",
+    "data_parallel_hybrid_lb": "it follows from 'data_parallel_size' of the pool",
+    "data_parallel_backend": "it follows from 'data_parallel_size' of the pool",
     "distributed_executor_backend": "it follows from 'engine_process'",
 }
 

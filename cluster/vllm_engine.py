@@ -13,9 +13,9 @@ from typing import Any
 
 from cluster import vllm_api
 from cluster.engine import EngineDied, Frames
-from cluster.errors import SpecError
 from cluster.fingerprint import model_fingerprint
 from cluster.instance import EngineFacts, Fingerprint, chunk_tokens
+from cluster.vllm_coordinator import end_coordinators_with_parent
 from cluster.vllm_kv_events import VllmKvEvents
 from cluster.vllm_options import NEWS_ADDRESS, engine_config
 from cluster.wire import GO_ON_PARAM, HAND_OVER_PARAM, RELEASE_PARAM, Blocks, GoOn, Load
@@ -136,14 +136,6 @@ class VllmEngine:
     def _configure(self, progress: Callable[[str], None]) -> Any:
         progress("loading vLLM")
         self._config = engine_config(self._options | {"kv_events_config": self._events.config})
-        ranks = self._config.parallel_config.data_parallel_size
-        if ranks > 1 and not self._config.model_config.is_moe:
-            raise SpecError(
-                file="(spec)",
-                path="data_parallel_size",
-                value=ranks,
-                allowed="the model has no experts that instances could share: raise the pool's count instead",
-            )
         return self._config
 
     def _is_untried(self, request: Any) -> bool:
@@ -303,6 +295,7 @@ class ProcessEngine(VllmEngine):
     async def start(self, progress: Callable[[str], None]) -> EngineFacts:
         self._events.open()
         config = await asyncio.to_thread(self._configure, progress)
+        end_coordinators_with_parent()
         progress("starting the engine process and loading the model")
         self._client = await asyncio.to_thread(
             vllm_api.EngineCoreClient.make_async_mp_client, config, vllm_api.Executor.get_class(config), True

@@ -50,7 +50,10 @@ class VllmKvEvents:
         if rank:  # vLLM gives each rank an endpoint of its own, and can't do that with a file
             endpoint = f"tcp://127.0.0.1:{free_ports('127.0.0.1', 1)[0] - rank}"
         ours = {"enable_kv_cache_events": True, "endpoint": endpoint}
-        self.config = vllm_api.KVEventsConfig(**(options.get("kv_events_config") or ours))
+        given = options.get("kv_events_config")
+        self.config = vllm_api.KVEventsConfig(**(given or ours))
+        # vLLM listens at files and at `*`, and connects to any other address.
+        self._listens = bool(rank) and not given
         self._endpoint = _of_rank(self.config.endpoint.replace("*", "127.0.0.1"), rank)
         self._decoder = msgspec.msgpack.Decoder(vllm_api.KVEventBatch)
         self._names = BlockNames()
@@ -64,7 +67,10 @@ class VllmKvEvents:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.subscribe(self.config.topic)
-        self._socket.connect(self._endpoint)
+        if self._listens:
+            self._socket.bind(self._endpoint)
+        else:
+            self._socket.connect(self._endpoint)
 
     async def changes(self) -> Blocks:
         """The next changes, as many as have come."""

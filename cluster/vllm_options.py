@@ -88,6 +88,13 @@ def engine_config(options: dict[str, Any], *, file: str = "(spec)") -> Any:
         args = vllm_api.AsyncEngineArgs(**options)
         return args.create_engine_config(vllm_api.UsageContext.OPENAI_API_SERVER)
     except (ValueError, TypeError, OSError) as error:
+        if "Non-MoE" in str(error) and (size := options.get("data_parallel_size", 1)) > 1:
+            raise SpecError(
+                file=file,
+                path="data_parallel_size",
+                value=size,
+                allowed="the model has no experts that instances could share: raise the pool's count instead",
+            ) from error
         raise SpecError(
             file=file, path="engine_options", value=options.get("model"), allowed=f"vLLM says: {error}"
         ) from error

@@ -81,7 +81,7 @@ def _add_explain(commands: Any) -> None:
 
 def _add_drain(commands: Any) -> None:
     drain = commands.add_parser(
-        "drain", help="empty one instance, its streams going on elsewhere, and start it anew"
+        "drain", help="empty one instance (or its group), its streams going on elsewhere, and start it anew"
     )
     drain.add_argument("instance", metavar="INSTANCE", help="for example decode-0")
     drain.add_argument(

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from cluster.errors import EnvironmentProblem, IncompatiblePeer, ServingError, SpecError, UnknownInstance
@@ -67,6 +67,10 @@ class Launcher(Protocol):
         """Reserve resources, waiting for them within a deadline, and create the worker."""
         ...
 
+    def give_up(self, instance_ids: Sequence[str]) -> None:
+        """No life of this group will follow: what is still reserved for it can go."""
+        ...
+
 
 class Controller:
     """Supervises the instances of a spec."""
@@ -85,7 +89,8 @@ class Controller:
 
     async def start(self) -> None:
         """Begin to fill the places; returns at once."""
-        for ids in self._spec.groups():
+        # Large groups first, while there are whole nodes for them.
+        for ids in sorted(self._spec.groups(), key=len, reverse=True):
             self._keepers.append(asyncio.create_task(self._keep(ids), name=f"keep-{ids[0]}"))
 
     async def watch(self, version: int, deadline_s: float) -> Membership:
@@ -155,8 +160,9 @@ class Controller:
                 self._registry.starting(instance_id, incarnation=incarnation, detail="waiting for resources")
             await self._announce()
             hopeless = ""
+            at_fault: list[str] = []
             try:
-                why = await self._live(lives)
+                why = await self._live(lives, at_fault)
             except _HOPELESS as error:
                 why, hopeless = str(error), error.reason
             except TimeoutError:
@@ -166,18 +172,25 @@ class Controller:
             except Exception as error:  # the place must be filled again, whatever ended this life
                 logger.exception("%s", lives)
                 why = repr(error)
+            if at_fault and len(ids) > 1:
+                why = f"{at_fault[0]}: {why}"
             for instance_id, incarnation in lives.items():
                 logger.warning("%s (%s) ended: %s", instance_id, incarnation, why)
                 self._registry.gone(instance_id, incarnation=incarnation, detail=why, hopeless=hopeless)
             await self._announce()
             if hopeless:
+                self._launcher.give_up(ids)
                 return
             failures = 0 if loop.time() - began_s > HEALTHY_S else failures + 1
             pause_s = RESTART_S[min(failures, len(RESTART_S) - 1)] if failures else 0.0
             await asyncio.sleep(pause_s * self._jitter.uniform(0.8, 1.2))
 
-    async def _live(self, lives: Mapping[str, str]) -> str:
-        """One life of a group, incarnations by instance, from launch to end; returns how it ended."""
+    async def _live(self, lives: Mapping[str, str], at_fault: list[str]) -> str:
+        """One life of a group, incarnations by instance, from launch to end; returns how it ended.
+
+        Args:
+            at_fault: gets the instance with which it did.
+        """
         handles: dict[str, WorkerHandle] = {}
 
         async def launch(instance_id: str, incarnation: str) -> None:
@@ -192,7 +205,7 @@ class Controller:
             await _all(launch(*life) for life in lives.items())
             self._handles |= handles
             async with asyncio.timeout(self._spec.deadlines.startup_s):
-                started = await self._start([handles[instance_id] for instance_id in lives])
+                started = await self._start({one: handles[one] for one in lives}, at_fault)
             for (instance_id, incarnation), ready in zip(lives.items(), started, strict=True):
                 self._registry.register(
                     instance_id,
@@ -203,22 +216,30 @@ class Controller:
                     facts=ready.facts,
                 )
             await self._announce()
-            return await self._end(handles)
+            return await self._end(handles, at_fault)
         finally:
             for instance_id, handle in handles.items():
                 self._handles.pop(instance_id, None)
                 await handle.kill()
 
     @staticmethod
-    async def _start(handles: list[WorkerHandle]) -> list[Ready]:
-        if len(handles) == 1:
-            return [await handles[0].start(None)]
-        host, port = await handles[0].meeting()
+    async def _start(handles: Mapping[str, WorkerHandle], at_fault: list[str]) -> list[Ready]:
+        async def start(instance_id: str, rank: GroupRank | None) -> Ready:
+            try:
+                return await handles[instance_id].start(rank)
+            except Exception:
+                at_fault.append(instance_id)
+                raise
+
+        first, *others = handles
+        if not others:
+            return [await start(first, None)]
+        host, port = await handles[first].meeting()
         ranks = (GroupRank(rank=n, size=len(handles), host=host, port=port) for n in range(len(handles)))
-        return await _all(handle.start(rank) for handle, rank in zip(handles, ranks, strict=True))
+        return await _all(start(*one) for one in zip(handles, ranks, strict=True))
 
     @staticmethod
-    async def _end(handles: Mapping[str, WorkerHandle]) -> str:
+    async def _end(handles: Mapping[str, WorkerHandle], at_fault: list[str]) -> str:
         """How the first of a group ends: the others can't go on without it."""
         ends = {asyncio.create_task(handle.ended()): instance_id for instance_id, handle in handles.items()}
         try:
@@ -227,7 +248,8 @@ class Controller:
             why = first.result()
             if others and why == DRAINED:
                 await asyncio.wait(others, timeout=STOP_S)
-            return why if len(handles) == 1 else f"{ends[first]}: {why}"
+            at_fault.append(ends[first])
+            return why
         finally:
             for end in ends:
                 end.cancel()

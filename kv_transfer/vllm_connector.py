@@ -12,7 +12,7 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
 - KV may move over another transport than NIXL (`agent_zmq`);
 - the progress thread of NIXL sleeps between polls (`nixl_progress`);
 - on CPUs the thread that computes the model stays where it was, and is not bound to the machine's last core;
-- the engine's processes end with the process that started them (`orphan`);
+- the engine's processes end with the process that started them (`cluster.orphan`);
 - on CPUs a request without a LoRA adapter is computed without one (`cluster.vllm_cpu_lora`), pipeline stages
   have a buffer between them (`cluster.vllm_cpu_stages`), and ranks share experts
   (`cluster.vllm_cpu_experts`).
@@ -29,6 +29,7 @@ from typing import Any
 from cluster import vllm_api
 from cluster.errors import EnvironmentProblem
 from cluster.handle import keep_for_reader
+from cluster.orphan import end_with_parent
 from cluster.spec import TransportName
 from cluster.vllm_cpu_experts import spread_experts
 from cluster.vllm_cpu_lora import skip_tokens_without_adapter
@@ -38,7 +39,6 @@ from cluster.wire import GO_ON_PARAM, HAND_OVER_PARAM, RELEASE_PARAM
 from kv_transfer.agent_zmq import ReadAgent
 from kv_transfer.following_vllm import LIFE_PARAM, EarlyReads, Following, Heard
 from kv_transfer.nixl_progress import calm_progress_thread
-from kv_transfer.orphan import end_with_parent
 from kv_transfer.staged_agent import StagedAgent
 from kv_transfer.stages_vllm import Gathering
 from kv_transfer.stats_vllm import PdPromMetrics, PdStats

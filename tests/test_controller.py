@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -59,11 +60,15 @@ class FakeLauncher:
         self.problems: dict[str, list[Exception]] = {}
         self.facts: dict[str, object] = {}
         self.quiet: list[str] = []
+        self.given_up: list[tuple[str, ...]] = []
 
     async def launch(self, instance_id: str, role: Role, *, index: int, incarnation: str) -> FakeWorker:
         worker = FakeWorker(self, instance_id)
         self.workers.setdefault(instance_id, []).append(worker)
         return worker
+
+    def give_up(self, instance_ids: Sequence[str]) -> None:
+        self.given_up.append(tuple(instance_ids))
 
 
 async def watch_until(controller: Controller, condition: object) -> Membership:
@@ -203,6 +208,8 @@ async def test_one_that_does_not_start_ends_its_group() -> None:
         controller, lambda m: all(m.instances[n].state is InstanceState.READY for n in (0, 3, 4))
     )
     assert [i.hopeless for i in membership.instances[1:3]] == [EnvironmentProblem.reason] * 2
+    assert membership.instances[1].detail.startswith("decode-1: no GPU")
+    assert launcher.given_up == [("decode-0", "decode-1")]
     await controller.stop(1.0)
 
 

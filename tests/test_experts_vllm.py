@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import torch
 
+from cluster import vllm_api
 from cluster.spec import ClusterSpec
 from cluster.vllm_cpu_experts import own_experts
+from cluster.vllm_kv_events import VllmKvEvents
 from deploy.status import fetch_status, read_metric
 from deploy.tiny_model_torch import build_tiny_model
 from tests.test_parallel_vllm import parallel_spec
@@ -47,6 +51,28 @@ def test_experts_of_other_ranks_weigh_nothing() -> None:
     assert own_weights.tolist() == [[0.0, 0.25], [0.5, 0.0]]
     assert own_ids.tolist() == [[0, 1], [0, 0]]
     assert own_ids.dtype == torch.int32
+
+
+async def test_a_rank_of_a_group_tells_of_its_prefix_cache() -> None:
+    """vLLM gives each rank an endpoint of its own, and listens only at some of them."""
+    events = VllmKvEvents({"data_parallel_rank": 1})
+    events.open()
+    publisher = vllm_api.EventPublisherFactory.create(events.config, data_parallel_rank=1)
+    stored = vllm_api.BlockStored(
+        block_hashes=[b"%d" % n for n in range(64)], parent_block_hash=None, token_ids=list(range(1024)),
+        block_size=16, lora_id=None,
+        medium="GPU", lora_name=None,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(10.0):
+            changes = asyncio.create_task(events.changes())
+            while not changes.done():  # what is published before they have met is lost
+                publisher.publish(vllm_api.KVEventBatch(ts=0.0, events=[stored]))
+                await asyncio.sleep(0.05)
+        assert (await changes).stored
+    finally:
+        publisher.shutdown()
+        events.close()
 
 
 def wait_for(condition: Callable[[], Any], deadline_s: float) -> Any:
@@ -91,7 +117,10 @@ def test_a_group_decodes_what_another_instance_prefilled(tmp_path: Path) -> None
         # One can't go on without the other: both start again, and serve.
         before = decodes()
         assert len(before) == 2
-        os.kill(before["decode-1"]["pid"], signal.SIGKILL)
+        first = psutil.Process(before["decode-0"]["pid"])
+        processes = first.children(recursive=True)  # the coordinator of the group among them
+        assert len(processes) >= 3
+        os.kill(first.pid, signal.SIGKILL)
         wait_for(
             lambda: (
                 len(now := decodes()) == 2
@@ -100,3 +129,4 @@ def test_a_group_decodes_what_another_instance_prefilled(tmp_path: Path) -> None
             120.0,
         )
         assert greedy(prompts[-1], "again") == whole[-1]
+        assert psutil.wait_procs(processes, 5)[1] == []

@@ -118,3 +118,21 @@ def test_pools_of_different_gpus_share_no_node() -> None:
         spec_of(sim={"hardware": {"prefill": "h100"}})
     with pytest.raises(SpecError, match="all of them on one node"):
         spec_of(colocate=1)
+
+
+def test_a_group_that_fits_a_node_is_on_one() -> None:
+    counts, sizes = {"prefill": 3, "decode": 8}, {"prefill": 2, "decode": 1}
+    placed = nodes_of(place(counts, sizes, 8, together={"decode": 8}))
+    assert {node for name, node, _ in placed if name.startswith("decode")} == {1}
+
+
+def test_a_group_larger_than_a_node_begins_on_a_new_one_and_leaves_what_it_does_not_need() -> None:
+    sizes = {"decode": 2, "prefill": 1}
+    placed = nodes_of(place({"decode": 6, "prefill": 3}, sizes, 8, together={"decode": 6}))
+    assert [node for name, node, _ in placed if name.startswith("decode")] == [0, 0, 0, 0, 1, 1]
+    assert [node for name, node, _ in placed if name.startswith("prefill")] == [1, 1, 1]
+
+
+def test_groups_are_not_colocated() -> None:
+    with pytest.raises(SpecError, match="data-parallel group are beside each other instead"):
+        parse_spec({"model": "m", "colocate": 8, "decode": {"count": 2, "data_parallel_size": 2}})

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from cluster.errors import EnvironmentProblem
+from cluster.errors import EnvironmentProblem, SpecError
 from cluster.instance import EngineFacts, Role
 from cluster.latency import Batch, DecodeCost, PrefillCost
 from cluster.sim_engine import SimEngine
@@ -145,3 +145,10 @@ def test_more_than_the_engine_takes_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=told):
         engine_limits(facts(), max_prompt=max_prompt, max_requests=max_requests)
+
+
+def test_one_of_a_group_is_not_measured_alone() -> None:
+    decode = {"count": 2, "data_parallel_size": 2}
+    spec = ClusterSpec.model_validate({"model": "m", "engine": "sim", "decode": decode})
+    with pytest.raises(SpecError, match="without those that it shares experts with"):
+        make_engine(spec, Role.DECODE)

@@ -227,3 +227,13 @@ def test_a_pool_without_instances_has_no_group() -> None:
         "ingress",
         "decode",
     }
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "pods", "gpus"), [(16, 1, 2, 8), (8, 2, 2, 8), (2, 1, 1, 2), (6, 2, 2, 6)]
+)
+def test_what_of_a_group_fits_a_node_is_one_pod(size: int, ranks: int, pods: int, gpus: int) -> None:
+    decode = {"count": size, "data_parallel_size": size, "tensor_parallel_size": ranks}
+    group = groups_of(service_of(spec_of(decode=decode)))["decode"]
+    assert group["replicas"] == pods
+    assert container_of(group)["resources"]["limits"]["nvidia.com/gpu"] == str(gpus)

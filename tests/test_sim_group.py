@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.latency import EMPTY_BATCH, Batch, group_s
 from cluster.sim_group import SimGroup
 from deploy.virtual_time import run_virtual
+from prefill_worker.length_batching import LengthBatching
 from tests.test_sim_engine import Bent, Seen, options_of, request
 
 
@@ -85,6 +86,31 @@ def test_many_iterations_as_one_event_change_no_time(asked: list[tuple[float, in
     step_by_step, at_once = (run_virtual(serve(asked, quiet_s, size=3))[0] for quiet_s in (0.0, 100.0))
     for one, other in zip(at_once, step_by_step, strict=True):
         assert one == pytest.approx(other, abs=1e-9)
+
+
+def test_no_iterations_are_decided_ahead_while_a_prompt_waits_for_others() -> None:
+    """Else it would wait for the end of all of them."""
+
+    async def story() -> float:
+        loop = asyncio.get_running_loop()
+        group = SimGroup(LATENCY, 2)
+        batching = LengthBatching(LATENCY, full_tokens=64, window_s=0.02)
+        holding = Seen(options_of(LATENCY), quiet_s=100.0, group=group, batching=batching)
+        decoding = Seen(options_of(LATENCY), quiet_s=100.0, group=group)
+        serving = [holding.start(), decoding.start()]
+        for member in (holding, decoding):
+            group.join(member.engine)
+        decoding.engine.submit(request("long", [7] * 10, 400))
+        await asyncio.sleep(0.5)
+        came_s = loop.time()
+        holding.engine.submit(request("short", [7] * 10, 1))
+        while not holding.end_s:
+            await asyncio.sleep(0.01)
+        for task in serving:
+            task.cancel()
+        return holding.end_s["short"] - came_s
+
+    assert run_virtual(story())[0] < 0.06
 
 
 def test_nothing_is_computed_without_all_of_them() -> None:

@@ -10,7 +10,7 @@ import pytest
 from cluster.errors import SpecError
 from cluster.hardware import hardware_named
 from cluster.instance import Role
-from cluster.latency import ConstantLatency, LatencyProfile, ProfiledLatency
+from cluster.latency import Batch, ConstantLatency, LatencyProfile, ProfiledLatency
 from cluster.model_shape import shape_of
 from cluster.roofline import RooflineLatency
 from cluster.sim_options import (
@@ -218,3 +218,22 @@ def test_adapters_are_as_many_as_vllm_would_hold() -> None:
     options = {"enable_lora": True, "max_loras": 4, "max_cpu_loras": 16}
     wide = twin({"adapter_load_s": 0.3}, engine_options=options)
     assert (wide.max_loras, wide.max_cpu_loras, wide.adapter_load_s) == (4, 16, 0.3)
+
+
+def test_the_links_of_the_spec_are_those_of_its_groups() -> None:
+    def token_s(**network: float) -> float:
+        sim = {"shape": "deepseek-v3", "hardware": "h200", "network": network}
+        pool = {"count": 16, "data_parallel_size": 16}
+        spec = parse_spec({"model": "m", "engine": "sim", "prefill": pool, "decode": pool, "sim": sim})
+        return twin_options(spec, Role.DECODE, {}).latency.iteration_s(Batch(0, 0, 0, 128, 128_000))
+
+    assert token_s(nic_gbps=25) > 2 * token_s()
+    assert token_s(gpus_per_node=16) < token_s()
+
+
+def test_a_group_has_an_expert_for_each_gpu() -> None:
+    sim = {"shape": "mixtral-8x7b", "hardware": "h100"}
+    decode = {"count": 16, "data_parallel_size": 16}
+    spec = parse_spec({"model": "m", "engine": "sim", "decode": decode, "sim": sim})
+    with pytest.raises(SpecError, match="mixtral-8x7b has 8 experts, and each GPU of a group needs one"):
+        twin_options(spec, Role.DECODE, {})

@@ -227,3 +227,14 @@ def test_a_seed_gives_the_same_bytes_in_every_process(spec: Path, tmp_path: Path
         assert cost
         told.append(before)
     assert told[0] == told[1]
+
+
+def test_groups_without_the_split_are_whole() -> None:
+    decode = {"count": 4, "data_parallel_size": 4}
+    spec = parse_spec({"model": "m", "prefill": {"count": 4}, "decode": decode})
+    assert unsplit(spec, chunked=True).groups() == [
+        tuple(f"decode-{n}" for n in range(first, first + 4)) for first in (0, 4)
+    ]
+    odd = parse_spec({"model": "m", "prefill": {"count": 2}, "decode": decode})
+    with pytest.raises(SpecError, match=r"decode.data_parallel_size.*the 6 GPUs of both pools"):
+        unsplit(odd, chunked=True)

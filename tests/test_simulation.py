@@ -504,3 +504,15 @@ def test_out_of_memory_requests_go_on_where_there_is_room() -> None:
     assert preemptions(result) < preemptions(without)
     assert {request.status for request in result.requests} == {"ok"}
     assert [request.output_tokens for request in result.requests] == [one.output_tokens for one in requests]
+
+
+def test_a_group_dies_and_comes_back_as_one() -> None:
+    spec = spec_of(decode={"count": 4, "data_parallel_size": 2})
+    raw = {"faults": [{"kill": "decode-1", "at_s": 1.0}], "restart_s": 0.5}
+    result = Simulation(spec, steady(100, gap_s=0.05), scenario=parse_scenario(raw, spec)).run()
+    assert {request.status for request in result.requests} == {"ok"}
+    decodes = [use for use in result.instances if use.role is Role.DECODE]
+    assert [use.starts for use in decodes] == [2, 2, 1, 1]
+    # Both are asked again as soon as they are back: nobody waits for a deadline.
+    assert max(request.end_s - request.arrival_s for request in result.requests) < 5.0
+    assert decodes[0].busy_s > 1.5

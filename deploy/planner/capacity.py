@@ -221,7 +221,10 @@ class Capacity:
             why=f"{goal.shape.name} has {need:,.0f} GB of weights, and an instance of at most "
             f"{most} {name} on one node has {room / 1e9:,.0f} GB for them, its "
             f"activations and the KV of a request of {goal.max_model_len:,} tokens",
-            remedies=("take GPUs with more memory, or a smaller --max-model-len or model",),
+            remedies=(
+                "take GPUs with more memory, or a smaller --max-model-len or model"
+                + (", or more GPUs: a group of instances shares the experts" if goal.shape.experts else ""),
+            ),
         )
 
     def _token_s(self, latency: LatencyModel, bound_s: float, memory: float) -> float:

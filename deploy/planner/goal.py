@@ -12,6 +12,7 @@ from cluster.hardware import Hardware, hardware_named
 from cluster.latency import LatencyModel, ProfiledLatency, load_profile
 from cluster.model_shape import ModelShape
 from cluster.roofline import RooflineLatency
+from cluster.sim_spec import NetworkSpec
 from deploy.planner.deployment import Layout
 from deploy.planner.fleet import Fleet
 from deploy.slo_classes import SloClass, assign_slo_classes
@@ -99,6 +100,8 @@ class Goal:
         hardware = self.hardware_of(layout)
         assert self.shape is not None
         assert hardware is not None
+        network = NetworkSpec(gpus_per_node=self.gpus_per_node, nic_gbps=self.node_gbps)
+        hardware = network.joining(hardware)
         return RooflineLatency(
             self.shape, hardware, layout.tensor, layout.pipeline, data_parallel_size=layout.data
         )

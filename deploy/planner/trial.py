@@ -27,6 +27,8 @@ WARM_UP = 0.25
 TOLERANCE = 0.02
 # What a node's resource for its type of GPU begins with.
 GPU_TYPE = "accelerator_type:"
+# vLLM's kernels for the exchange with experts, as `cluster.expert_exchange` has them: many tokens, or few.
+ALL_TO_ALL = {Role.PREFILL: "deepep_high_throughput", Role.DECODE: "deepep_low_latency"}
 # From one rate to the next.
 STRIDE = 1.3
 
@@ -109,8 +111,15 @@ def raw_spec(goal: Goal, deployment: Deployment) -> dict[str, Any]:
         **base,
         "model": model,
         "engine_options": {**base.get("engine_options", {}), "max_model_len": goal.max_model_len},
-        "prefill": _pool(layouts[Role.PREFILL], deployment.prefill_count, base.get("prefill", {})),
-        "decode": _pool(deployment.decode, deployment.decode_count, base.get("decode", {})),
+        "prefill": _pool(
+            Role.PREFILL, layouts[Role.PREFILL], deployment.prefill_count, base.get("prefill", {})
+        ),
+        "decode": _pool(
+            Role.DECODE if deployment.is_split else Role.PREFILL,  # for what it has the most tokens of
+            deployment.decode,
+            deployment.decode_count,
+            base.get("decode", {}),
+        ),
         "slo": {**base.get("slo", {}), **_slo(goal)},
         "sim": {**base.get("sim", {}), **sim},
     }
@@ -165,13 +174,15 @@ def goodput(goal: Goal, deployment: Deployment, seed: int, start_rps: float, lea
     return Found(rate_rps=found.rate_rps, trial=trials[at])
 
 
-def _pool(layout: Layout, count: int, base: Mapping[str, Any]) -> dict[str, Any]:
+def _pool(role: Role, layout: Layout, count: int, base: Mapping[str, Any]) -> dict[str, Any]:
     pool: dict[str, Any] = {**base, "count": count * layout.data, "tensor_parallel_size": layout.tensor}
     sizes = {"pipeline_parallel_size": layout.pipeline, "data_parallel_size": layout.data}
     for key, size in sizes.items():
         pool.pop(key, None)
         if size > 1:
             pool[key] = size
+    if layout.data > 1 and (kernels := ALL_TO_ALL.get(role)):
+        pool["engine_options"] = {"all2all_backend": kernels, **base.get("engine_options", {})}
     if layout.gpu:  # Ray's own name of what a node has
         kept = {key: of for key, of in base.get("resources", {}).items() if not key.startswith(GPU_TYPE)}
         pool["resources"] = {**kept, f"{GPU_TYPE}{layout.gpu.partition('-')[0].upper()}": 0.001}

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from cluster.engine import Engine
-from cluster.errors import EnvironmentProblem
+from cluster.errors import EnvironmentProblem, SpecError
 from cluster.instance import EngineFacts, Role
 from cluster.latency import Batch
 from cluster.spec import ClusterSpec
@@ -44,6 +44,14 @@ def make_engine(spec: ClusterSpec, role: Role) -> Engine:
 
     Raises SpecError and EnvironmentProblem as a worker's start does.
     """
+    if (size := spec.pool(role).data_parallel_size) > 1:
+        raise SpecError(
+            file="(spec)",
+            path=f"{role}.data_parallel_size",
+            value=size,
+            allowed="one engine alone is measured, without those that it shares experts with: profile a "
+            "running cluster with --url",
+        )
     if spec.engine == "sim":
         from cluster.sim_engine import SimEngine
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.instance import Role
-from cluster.placement import sharing
+from cluster.placement import gpus_per_node, sharing
 from cluster.spec import ClusterSpec
 from deploy.render.serve_config import ENVIRONMENT, raw, serve_config
 from deploy.render.text import to_yaml
@@ -103,6 +103,14 @@ def manifests(spec: ClusterSpec, options: KubeRayOptions) -> list[dict[str, Any]
     return made
 
 
+def _instances_of_pod(spec: ClusterSpec, role: Role) -> int:
+    """As many of a data-parallel group as a node has GPUs for, the same in each pod: within one NVLink is
+    there for their exchange."""
+    pool = spec.pool(role)
+    fit = max(1, gpus_per_node(spec, role) // pool.ranks)
+    return max(n for n in range(1, min(fit, pool.data_parallel_size) + 1) if not pool.data_parallel_size % n)
+
+
 class _Pods:
     """Groups of pods of one cluster."""
 
@@ -132,11 +140,16 @@ class _Pods:
         return self._group("ingress", ingress.replicas, start, pod)
 
     def engines(self) -> list[dict[str, Any]]:
-        """A pod for each instance, or for each node with instances of both pools."""
+        """A pod for each instance, for what of a data-parallel group fits a node, or for each node with
+        instances of both pools."""
         spec = self._spec
         if spec.colocate is None:
-            counts = {role: spec.pool(role).count for role in Role}
-            return [self._engines(str(role), {role: 1}, count) for role, count in counts.items() if count]
+            pods = {role: _instances_of_pod(spec, role) for role in Role}
+            return [
+                self._engines(str(role), {role: many}, spec.pool(role).count // many)
+                for role, many in pods.items()
+                if spec.pool(role).count
+            ]
         roles = dict(spec.places())
         nodes = Counter(
             tuple(sum(roles[one] is role for one in node) for role in Role) for node in sharing(spec)

@@ -93,12 +93,13 @@ def unsplit(spec: ClusterSpec, *, chunked: bool) -> ClusterSpec:
     from cluster.spec import UNSPLIT
 
     gpus = spec.prefill.count * spec.prefill.ranks + spec.decode.count * spec.decode.ranks
-    count, left = divmod(gpus, spec.decode.ranks)
+    together = spec.decode.data_parallel_size
+    groups, left = divmod(gpus, spec.decode.ranks * together)
     if left:
         raise SpecError(
             file="(spec)",
-            path="decode.tensor_parallel_size",
-            value=spec.decode.ranks,
+            path=f"decode.{'data' if together > 1 else 'tensor'}_parallel_size",
+            value=together if together > 1 else spec.decode.ranks,
             allowed=f"to compare without the split, the {gpus} GPUs of both pools must be a multiple of it",
         )
     options = {**spec.decode.engine_options, "enable_chunked_prefill": chunked}
@@ -107,7 +108,7 @@ def unsplit(spec: ClusterSpec, *, chunked: bool) -> ClusterSpec:
         update={
             "policy": UNSPLIT,
             "prefill": pool.model_copy(update={"count": 0}),
-            "decode": pool.model_copy(update={"count": count}),
+            "decode": pool.model_copy(update={"count": groups * together}),
         }
     )
 

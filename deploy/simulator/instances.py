@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -153,6 +153,8 @@ class SimLife:
         return self.engine.idle
 
     async def kill(self) -> None:
+        if self._instance_id in self._cluster.groups and not self._dead:
+            self._cluster.router.leave(self._instance_id, why="another of its group is gone")
         await self.die()
 
     async def die(self) -> None:
@@ -387,6 +389,9 @@ class SimInstances:
     async def launch(self, instance_id: str, role: Role, *, index: int, incarnation: str) -> SimLife:
         info = InstanceInfo(instance_id=instance_id, role=role, engine_index=index)
         return SimLife(self, info, incarnation)
+
+    def give_up(self, instance_ids: Sequence[str]) -> None:
+        """Nothing is reserved."""
 
     async def kill(self, instance_id: str) -> bool:
         """Kill the life in a place; router and controller notice it later. False when there is none."""

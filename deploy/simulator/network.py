@@ -14,10 +14,6 @@ from cluster.spec import ClusterSpec
 from kv_transfer.link_model import LinkCut, LinkModel
 from kv_transfer.topology import LinkRates, Topology, exposed_bytes
 
-_BYTES_PER_S_OF_GBPS = 1e9 / 8
-# Where nothing says what the links are: fast enough to be no matter.
-_UNKNOWN_RATE_BYTES_PER_S = 1e15
-
 
 class SimNetwork:
     """All transfers of a simulated cluster."""
@@ -176,17 +172,14 @@ class _Exchange:
 
 
 def _rates(spec: ClusterSpec, role: Role) -> LinkRates:
-    network, hardware = spec.sim.network, spec.sim.hardware_of(role)
-    nic = network.nic_gbps * _BYTES_PER_S_OF_GBPS if network.nic_gbps else None
-    nvlink = network.nvlink_gbps * _BYTES_PER_S_OF_GBPS if network.nvlink_gbps is not None else None
-    unknown = _UNKNOWN_RATE_BYTES_PER_S
+    links = spec.sim.links_of(role)
     try:
         return LinkRates(
-            nic_bytes_per_s=nic or (hardware.nic_bytes_per_s if hardware else unknown),
-            nvlink_bytes_per_s=nvlink
-            if nvlink is not None
-            else (hardware.nvlink_bytes_per_s if hardware else unknown),
-            pcie_bytes_per_s=hardware.pcie_bytes_per_s if hardware else unknown,
+            nic_bytes_per_s=links.nic_bytes_per_s,
+            nvlink_bytes_per_s=links.nvlink_bytes_per_s,
+            pcie_bytes_per_s=links.pcie_bytes_per_s,
         )
     except ValueError as error:
-        raise SpecError(file="(spec)", path="sim.network", value=network, allowed=str(error)) from None
+        raise SpecError(
+            file="(spec)", path="sim.network", value=spec.sim.network, allowed=str(error)
+        ) from None

@@ -1,6 +1,6 @@
 """KV that moves while its prompt is computed, beside the order of the stock connector (Markdown):
 
-python -m benchmarks.overlap [--rounds 3] [--requests 12]
+python -m benchmarks.overlap [--rounds 3] [--requests 12] [--transport torch]
 
 One prefill and one decode instance of `deploy/specs/cpu.yaml`, prompts in chunks of 256 tokens, a model whose
 engine has the work. Clusters with and without `transfer.overlap` by turns; lone streams of random prompts:
@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import yaml
@@ -23,6 +23,7 @@ import yaml
 from benchmarks.cluster import URL, cluster, wait_serving
 from benchmarks.fidelity import build_model, spec_for
 from benchmarks.migration import Client
+from cluster.spec import TransportName
 from deploy.status import read_metric
 
 CHUNK = 256
@@ -56,10 +57,10 @@ async def measure(found: Measured, requests: int, seed: int) -> None:
     found.bytes += read_metric(URL, "vllm:nixl_bytes_transferred_sum")
 
 
-def spec_with(folder: Path, path: Path, *, overlap: bool) -> Path:
+def spec_with(folder: Path, path: Path, *, overlap: bool, transport: str) -> Path:
     raw: dict[str, Any] = yaml.safe_load(path.read_text())
     raw.setdefault("prefill", {}).setdefault("engine_options", {})["max_num_batched_tokens"] = CHUNK
-    raw["transfer"] = {"overlap": overlap}
+    raw["transfer"] = {"overlap": overlap, "transport": transport}
     target = folder / f"overlap-{overlap}.yaml"
     target.write_text(yaml.safe_dump(raw))
     return target
@@ -86,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=12, help="of each length in a round")
+    parser.add_argument("--transport", choices=get_args(TransportName), default="nixl")
     parser.add_argument("--size", default="medium", help="of benchmarks.fidelity")
     args = parser.parse_args()
     by_order = {True: Measured(), False: Measured()}
@@ -93,7 +95,8 @@ def main() -> None:
         path = spec_for(Path(folder), build_model(Path(folder), args.size), args.size)
         for number in range(args.rounds):
             for overlap, found in by_order.items():
-                with cluster("", str(spec_with(Path(folder), path, overlap=overlap))) as running:
+                spec = spec_with(Path(folder), path, overlap=overlap, transport=args.transport)
+                with cluster("", str(spec)) as running:
                     wait_serving(running)
                     asyncio.run(measure(found, args.requests, seed=number))
             print(f"round {number + 1} of {args.rounds}", flush=True)

@@ -24,6 +24,18 @@ logger = logging.getLogger(__name__)
 
 VLLM_ENGINE_NAME = f"vllm {vllm_api.SUPPORTED_VLLM}"
 _IDLE = Load(running=0, waiting=0, kv_usage=0.0)
+# What vLLM's statistics of a step say of the engine as it stands.
+_STANDING = (
+    "num_running_reqs",
+    "num_waiting_reqs",
+    "num_skipped_waiting_reqs",
+    "num_kv_fetch_reqs_by_stage",
+    "step_counter",
+    "current_wave",
+    "kv_cache_usage",
+    "waiting_lora_adapters",
+    "running_lora_adapters",
+)
 # To read an adapter from a slow disk or a hub.
 ADAPTER_DEADLINE_S = 60.0
 
@@ -154,14 +166,30 @@ class VllmEngine:
         )
         return vllm_api.EngineCoreOutputs(outputs=[refused])
 
-    def _note_load(self, outputs: Any) -> None:
+    def _is_news(self, outputs: Any) -> bool:
+        """Whether a step says anything that the ones before did not; notes the load.
+
+        An engine that waits for KV, or keeps it for a reader, takes a thousand steps a second, and says after
+        each how it is.
+        """
         stats = outputs.scheduler_stats
-        if stats is not None:
-            self._load = Load(
+        if stats is None:
+            return bool(outputs.outputs)
+        before, self._load = (
+            self._load,
+            Load(
                 running=stats.num_running_reqs,
                 waiting=stats.num_waiting_reqs + stats.num_skipped_waiting_reqs,
                 kv_usage=stats.kv_cache_usage,
-            )
+            ),
+        )
+        if outputs.outputs or self._load != before:
+            return True
+        # The rest counts what happened in this step alone.
+        nothing = vllm_api.SchedulerStats(**{name: getattr(stats, name) for name in _STANDING})
+        if stats.connector_prefix_cache_stats is not None:  # none of it is still one
+            nothing.connector_prefix_cache_stats = type(stats.connector_prefix_cache_stats)()
+        return bool(stats != nothing)
 
 
 class ThreadEngine(VllmEngine):
@@ -215,11 +243,12 @@ class ThreadEngine(VllmEngine):
         return await answer
 
     async def outputs(self) -> Any:
-        outputs = await self._outbox.get()
-        if isinstance(outputs, BaseException):
-            raise EngineDied(detail=f"{type(outputs).__name__}: {outputs}")
-        self._note_load(outputs)
-        return outputs
+        while True:
+            outputs = await self._outbox.get()
+            if isinstance(outputs, BaseException):
+                raise EngineDied(detail=f"{type(outputs).__name__}: {outputs}")
+            if self._is_news(outputs):
+                return outputs
 
     async def stop(self) -> None:
         if self._thread is not None:
@@ -317,12 +346,13 @@ class ProcessEngine(VllmEngine):
         return await self._client.call_utility_async(method, *args)
 
     async def outputs(self) -> Any:
-        try:
-            outputs = await self._client.get_output_async()
-        except Exception as error:  # vLLM raises EngineDeadError and, at shutdown, others
-            raise EngineDied(detail=f"{type(error).__name__}: {error}") from error
-        self._note_load(outputs)
-        return outputs
+        while True:
+            try:
+                outputs = await self._client.get_output_async()
+            except Exception as error:  # vLLM raises EngineDeadError and, at shutdown, others
+                raise EngineDied(detail=f"{type(error).__name__}: {error}") from error
+            if self._is_news(outputs):
+                return outputs
 
     async def stop(self) -> None:
         if self._client is not None:

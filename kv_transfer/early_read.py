@@ -24,7 +24,7 @@ class Progress(msgspec.Struct, array_like=True, frozen=True):
         source: the request at the source.
         life: how often it lost its blocks and began anew.
         blocks: its full blocks, from the prompt's first on; none in a group that frees blocks on the way.
-        engine_id, host, port, tp_size: how to reach the source's KV, by vLLM's names.
+        engine_id, host, port, tp_size, pp_size: how to reach the source's KV, by vLLM's names.
     """
 
     follower: str
@@ -35,6 +35,7 @@ class Progress(msgspec.Struct, array_like=True, frozen=True):
     host: str
     port: int
     tp_size: int
+    pp_size: int = 1
 
 
 class Piece(NamedTuple):

@@ -248,6 +248,7 @@ class EarlyReads:
                 local, worker._physical_blocks_per_logical_kv_block
             ),
             tp_size=source.tp_size,
+            pp_size=source.pp_size,
             remote=RemoteMeta(
                 block_ids=tuple(piece.remote),
                 host=source.host,
@@ -278,7 +279,7 @@ class EarlyReads:
             return True
         if reading.handshake is None:
             reading.handshake = self.worker._ensure_handshake(
-                source.engine_id, source.host, source.port, source.tp_size
+                source.engine_id, source.host, source.port, source.tp_size, pp_size=source.pp_size
             )
         return False
 

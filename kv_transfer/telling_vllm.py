@@ -58,12 +58,9 @@ class Telling:
         self.block_ids: Callable[[str], tuple[list[int], ...]] = lambda request_id: ()
         parallel = scheduler.vllm_config.parallel_config
         # KV that goes by way of a host buffer is not where a reader would look before the end; and of what
-        # context or pipeline parallelism spreads it would not know which rank has it.
-        self._is_plain = not (
-            scheduler.use_host_buffer
-            or parallel.decode_context_parallel_size > 1
-            or parallel.pipeline_parallel_size > 1
-        )
+        # context parallelism spreads it would not know which rank has it.
+        self._is_plain = not (scheduler.use_host_buffer or parallel.decode_context_parallel_size > 1)
+        self._stages = parallel.pipeline_parallel_size
         groups = scheduler.kv_cache_config.transfer_groups
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
 
@@ -122,5 +119,6 @@ class Telling:
             host=scheduler.side_channel_host,
             port=scheduler.side_channel_port,
             tp_size=scheduler.transfer_tp_size,
+            pp_size=self._stages,
         )
         self._sender.send(told.follower.news_address, progress)

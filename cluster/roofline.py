@@ -201,16 +201,7 @@ class RooflineLatency:
     def region(self) -> Batch | None:
         return None
 
-    def iteration_s(self, batch: Batch) -> float:
-        return self._iteration_s(batch, 0)
-
-    def group_s(self, batches: Sequence[Batch]) -> float:
-        """Of an iteration of the group, one batch for each of its instances: the experts compute the tokens
-        of all, and nobody is ready before the slowest is."""
-        routed = sum(batch.prefill_tokens + batch.decode_requests for batch in batches)
-        return max(self._iteration_s(batch, routed) for batch in batches)
-
-    def _iteration_s(self, batch: Batch, routed: int) -> float:
+    def iteration_s(self, batch: Batch, routed: int = 0) -> float:
         """Of one instance; `routed` are the tokens of its group, 0 for as many in each of its instances."""
         tokens, attention, prompts, decodes, context = batch
         requests = prompts + decodes
@@ -228,6 +219,12 @@ class RooflineLatency:
         )
         launch_s = self._launch_s
         return (work_s if work_s > launch_s else launch_s) + requests * self._request_s + self._fixed_s
+
+    def group_s(self, batches: Sequence[Batch]) -> float:
+        """Of an iteration of the group, one batch for each of its instances: the experts compute the tokens
+        of all, and nobody is ready before the slowest is."""
+        routed = sum(batch.prefill_tokens + batch.decode_requests for batch in batches)
+        return max(self.iteration_s(batch, routed) for batch in batches)
 
     def linear_s(self, tokens: int, routed: int = 0) -> float:
         """Seconds of the linear layers and what is elementwise between them, for at least one token.

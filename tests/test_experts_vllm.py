@@ -12,7 +12,6 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import openai
 import psutil
 import pytest
 import torch
@@ -23,7 +22,7 @@ from cluster.vllm_cpu_experts import own_experts
 from cluster.vllm_kv_events import VllmKvEvents
 from deploy.status import fetch_status, read_metric
 from deploy.tiny_model_torch import build_tiny_model
-from tests.test_parallel_vllm import parallel_spec
+from tests.test_parallel_vllm import greedy_at, parallel_spec
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -87,14 +86,7 @@ def test_a_group_decodes_what_another_instance_prefilled(tmp_path: Path) -> None
     from deploy.ray_up import serving
 
     with serving(experts_spec(build_tiny_model(tmp_path / "tiny", experts=True)), say=print) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-        def greedy(prompt: list[int], salt: str, **extra: object) -> list[int]:
-            answer = client.completions.create(
-                model="tiny", prompt=prompt, max_tokens=32, temperature=0,
-                extra_body={"ignore_eos": True, "return_token_ids": True, "cache_salt": salt, **extra},
-            )  # fmt: skip
-            return list(answer.choices[0].model_extra["token_ids"])
+        greedy = greedy_at(url)
 
         def decodes() -> dict[str, Any]:
             return {

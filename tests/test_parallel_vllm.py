@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import openai
 import pytest
@@ -40,6 +41,26 @@ def parallel_spec(model: Path | str) -> ClusterSpec:
     )
 
 
+class Greedy(Protocol):
+    """The tokens that follow a prompt."""
+
+    def __call__(self, prompt: list[int], salt: str, **extra: object) -> list[int]: ...
+
+
+def greedy_at(url: str) -> Greedy:
+    """From a cluster."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    def greedy(prompt: list[int], salt: str, **extra: object) -> list[int]:
+        answer = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=32, temperature=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True, "cache_salt": salt, **extra},
+        )  # fmt: skip
+        return list(answer.choices[0].model_extra["token_ids"])
+
+    return greedy
+
+
 def test_the_executor_is_named() -> None:
     """Inside a Ray actor vLLM would take its Ray executor, which is refused on CPUs and starts Ray anew."""
     spec = parallel_spec("m")
@@ -51,15 +72,7 @@ def test_one_rank_prefills_and_two_decode(tmp_path: Path) -> None:
     from deploy.ray_up import serving
 
     with serving(parallel_spec(build_tiny_model(tmp_path / "tiny")), say=print) as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-        def greedy(prompt: list[int], salt: str, **extra: object) -> list[int]:
-            answer = client.completions.create(
-                model="tiny", prompt=prompt, max_tokens=32, temperature=0,
-                extra_body={"ignore_eos": True, "return_token_ids": True, "cache_salt": salt, **extra},
-            )  # fmt: skip
-            return list(answer.choices[0].model_extra["token_ids"])
-
+        greedy = greedy_at(url)
         for length in (1, 127, 128, 129, 700):
             prompt = [(length + i * 37) % 3000 + 100 for i in range(length)]
             whole = greedy(prompt, "whole", vllm_xargs={"pdserve_unsplit": 1})

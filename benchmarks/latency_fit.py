@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from random import Random
 from statistics import median
+from typing import Any
 
 from benchmarks.factor_search import START, Loss, percent, residual_cells, search
 from benchmarks.kernel_factors import kernel_samples, measured_factors
@@ -114,7 +115,8 @@ def profile_errors(
 ) -> tuple[list[float], list[float]]:
     """Relative errors on held-out (prompts, tokens) of a profile of the fitted rows."""
     model = ProfiledLatency(fit_splitwise(key, fitted))
-    prefill, decode = [], []
+    prefill: list[float] = []
+    decode: list[float] = []
     for row in held:
         for found, (batch, seconds) in ((prefill, row.prefill()), (decode, row.decode())):
             found.append(model.iteration_s(batch) / seconds - 1)
@@ -176,7 +178,7 @@ def link_table(fits: dict[str, Efficiency]) -> Iterator[str]:
         found[point.source, point.hardware.name, point.ranks].append(point)
     for (source, hardware, ranks), points in sorted(found.items()):
         factors = fits["a100" if hardware.startswith("a100") else "h100"]
-        parts = ([], [])
+        parts: tuple[list[float], list[float]] = ([], [])
         for point in points:
             error = all_reduce_s(point, factors) / point.seconds - 1
             parts[point.size_bytes > 2**18].append(error)
@@ -228,7 +230,9 @@ def factor_sets(kernels: dict[str, Efficiency]) -> dict[str, Efficiency]:
         request_s=distserve.request_s,
         layer_s=kernels["h100"].layer_s + distserve.layer_s - kernels["a100"].layer_s,
     )
-    ours = {name.partition("-")[0]: factors for name, factors in measured_factors(kernel_samples()).items()}
+    ours: dict[str, dict[str, Any]] = {
+        name.partition("-")[0]: factors for name, factors in measured_factors(kernel_samples()).items()
+    }
     h100 = replace(h100, attention=ours["h100"]["attention"], kv_bandwidth=ours["h100"]["kv_bandwidth"])
     links = fit_links([p for p in all_reduces() if p.hardware.name.startswith("h200")], h100)
     sets = {"a100": distserve, "h100": h100, "h200": replace(links, **ours["h200"])}

@@ -21,7 +21,7 @@ from random import Random
 from typing import NamedTuple
 
 from benchmarks.latency_data import TRACES
-from benchmarks.policies import CONVERSATION, MIXED, USUAL, spec_of, trace
+from benchmarks.policies import CONVERSATION, MIXED, USUAL, Setting, spec_of, trace
 from cluster.request import ServeRequest
 from cluster.spec import ClusterSpec
 from deploy.simulator.result import SimulatedRequest
@@ -149,7 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     if not TRACES.is_dir():
         sys.exit(f"{TRACES.name}: the shared traces are needed beside the checkout")
-    spec = spec_of(GPUS, args.policy, args.order)
+    spec = spec_of(GPUS, args.policy, Setting(order=args.order))
     kinds = USUAL if args.classes == "usual" else MIXED
     print("| load | requests | kept | kept/s | rejected | let in and missed | longest TTFT of a bound |")
     print("|---|---|---|---|---|---|---|")

@@ -147,7 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     made = spec_of if args.engine == "sim" else vllm_spec
     load = workload if args.engine == "sim" else conversations
-    mixed = MIXED
+    mixed: tuple[SloClass, ...] = MIXED
     found = {policy: Found() for policy in args.policies}
     for seed in range(args.rounds):
         for policy in args.policies:

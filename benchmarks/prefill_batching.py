@@ -16,7 +16,7 @@ from random import Random
 from statistics import fmean, quantiles
 
 from benchmarks.latency_data import TRACES
-from benchmarks.policies import MIXED, TRAFFIC, requests_of, spec_of
+from benchmarks.policies import MIXED, TRAFFIC, Setting, requests_of, spec_of
 from deploy.simulator.run import Simulation
 from deploy.slo_classes import SloClass, assign_slo_classes
 from deploy.workload import WorkloadRequest, rescale
@@ -40,7 +40,7 @@ def two_points(seed: int) -> tuple[list[WorkloadRequest], tuple[SloClass, ...]]:
 def measure(name: str, rate: float, seed: int, policy: str, order: str, batching: str) -> tuple[float, ...]:
     """Share of SLOs kept; median and 99th percentile of the TTFT of short prompts, and of the others."""
     requests, classes = two_points(seed) if name == TWO_POINTS else requests_of(TRAFFIC[name], GPUS, seed)
-    spec = spec_of(GPUS, policy, order).model_copy(update={"prefill_batching": batching})
+    spec = spec_of(GPUS, policy, Setting(order=order)).model_copy(update={"prefill_batching": batching})
     result = Simulation(spec, rescale(requests, rate_rps=rate), classes).run()
     kept = fmean(request.met for request in result.requests)
     times: tuple[list[float], list[float]] = ([], [])

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from cluster.errors import ServingError
 from cluster.instance import EngineFacts
-from cluster.wire import Blocks, GoOn, Load, Offer
+from cluster.wire import Blocks, GoOn, HandOver, Load, Offer
 
 Frames = Sequence[Any]
 
@@ -45,9 +45,9 @@ class Engine(Protocol):
         """Free the blocks kept for a reader that will not come; unknown ids are no error."""
         ...
 
-    def hand_over(self, request_ids: list[str]) -> None:
-        """End these running requests at their next token, by their length, and keep their blocks for a
-        reader. Those that are unknown, do not run, or would end by then anyway are left as they are."""
+    def hand_over(self, message: HandOver) -> None:
+        """End a running request early. One that is unknown, does not run, or would end by then anyway is left
+        as it is."""
         ...
 
     def go_on(self, message: GoOn) -> None:

@@ -27,10 +27,10 @@ class KvHandle:
 
 
 class Follower(NamedTuple):
-    """A request that waits at another engine for the prompt that is computed here.
+    """A request that waits at another engine for the one that is computed here.
 
     Attributes:
-        news_address: where its engine hears how far the prompt is.
+        news_address: where its engine hears how far that is.
         request_id: its id there.
     """
 
@@ -38,9 +38,11 @@ class Follower(NamedTuple):
     request_id: str
 
 
-# Keys of `kv_transfer_params`: at a source, its Follower; at a reader, that its prompt is under way.
+# Keys of `kv_transfer_params`: at a source, its Follower; at a reader, that its prompt is under way, and how
+# many of its last tokens only keep their places.
 FOLLOWER_PARAM: Final = "pdserve_follower"
 FOLLOWS_PARAM: Final = "pdserve_follows"
+UNKNOWN_PARAM: Final = "pdserve_unknown_tokens"
 
 
 def keep_for_reader(follower: Follower | None = None) -> dict[str, Any]:
@@ -57,10 +59,11 @@ def keep_for_reader(follower: Follower | None = None) -> dict[str, Any]:
     }
 
 
-def follow(tokens: int) -> dict[str, Any]:
+def follow(tokens: int, unknown: int = 0) -> dict[str, Any]:
     """`kv_transfer_params` of a request that is sent while so many tokens of its prompt are still computed
-    elsewhere: it waits until it is told to go on, and reads meanwhile what it hears of."""
-    return {FOLLOWS_PARAM: True, "remote_num_tokens": tokens}
+    elsewhere: it waits until it is told to go on, and reads meanwhile what it hears of. The last `unknown` of
+    them are not generated yet, and whatever is in their places is replaced then."""
+    return {FOLLOWS_PARAM: True, UNKNOWN_PARAM: unknown, "remote_num_tokens": tokens}
 
 
 def handle_of(params: Mapping[str, Any] | None) -> KvHandle | None:

@@ -140,7 +140,7 @@ class EngineHost:
             case wire.RELEASE:
                 self._engine.release(msgspec.msgpack.decode(frames[0], type=list[str]))
             case wire.HAND_OVER:
-                self._engine.hand_over(msgspec.msgpack.decode(frames[0], type=list[str]))
+                self._engine.hand_over(msgspec.msgpack.decode(frames[0], type=wire.HandOver))
             case wire.GO_ON:
                 self._engine.go_on(msgspec.msgpack.decode(frames[0], type=wire.GoOn))
             case wire.CALL:

@@ -43,6 +43,7 @@ from cluster.wire import (
     KEEP_PARAM,
     Blocks,
     GoOn,
+    HandOver,
     Load,
     PrefillCounts,
     StepOutputs,
@@ -319,16 +320,20 @@ class SimEngine:
         if any(freed):
             self._has_changed()
 
-    def hand_over(self, request_ids: list[str]) -> None:
-        self._catch_up(asyncio.get_running_loop().time())
-        changed = [self._scheduler.hand_over(request_id) for request_id in request_ids]
-        if any(changed):
+    def hand_over(self, message: HandOver) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._catch_up(now_s)
+        sequence = self._scheduler.hand_over(message.request_id, message.at_tokens)
+        if sequence is not None:
+            if message.follower is not None:
+                sequence.followed_s = now_s
             self._has_changed()
 
     def go_on(self, message: GoOn) -> None:
         request = self._following.pop(message.request_id, None)
         if request is not None:
-            request.prompt_token_ids = request.prompt_token_ids + message.token_ids
+            known = len(request.prompt_token_ids) - message.replaces
+            request.prompt_token_ids = request.prompt_token_ids[:known] + message.token_ids
             request.sampling_params["extra_args"]["kv_transfer_params"] = message.kv_params
             self.submit(request)
 
@@ -703,16 +708,21 @@ class SimEngine:
         """The handle of an ended request's blocks; their lease begins."""
         if sequence.keeps:
             self.lease_again(sequence.request_id)
-        is_prompt = sequence.generated == 1
+        early_s, last = 0.0, len(sequence.tokens)
+        if sequence.generated == 1:
+            early_s, last = sequence.told_s - sequence.first_chunk_s, sequence.last_chunk_tokens
+        elif sequence.followed_s < math.inf:
+            early_s, last = sequence.told_s - sequence.followed_s, self._options.block_size
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "remote_block_ids": [[0]],
             "remote_request_id": sequence.request_id,
             "remote_num_tokens": sequence.computed,
-            # For a reader that was sent the chunks of a prompt as they were finished.
-            "chunks_s": max(0.0, sequence.told_s - sequence.first_chunk_s) if is_prompt else 0.0,
-            "last_chunk_share": min(1.0, sequence.last_chunk_tokens / len(sequence.tokens)),
+            # For a reader that was sent the chunks of a prompt as they were finished, or what a request that
+            # decodes had when it was told to go.
+            "chunks_s": max(0.0, early_s),
+            "last_chunk_share": min(1.0, last / max(1, sequence.computed)),
             **({} if self._exchange is None else self._exchange.address()),
         }
 

@@ -49,6 +49,7 @@ class Sequence:
         lane: pipeline lane in which it decodes.
         last_token: of the prompt, or of the tokens told.
         told, told_s: output tokens that went out, and when the last ones did.
+        followed_s: when it was told to go on elsewhere, and another engine began to read it.
         first_chunk_s, last_chunk_tokens: when the first part of the prompt was computed, and how long the
             last one is.
         begun, ended: whether it ever was in an iteration; whether it has left the batch for good.
@@ -78,6 +79,7 @@ class Sequence:
     last_token: int = 0
     told: int = 0
     told_s: float = 0.0
+    followed_s: float = math.inf
     first_chunk_s: float = math.inf
     last_chunk_tokens: int = 0
     begun: bool = False
@@ -239,19 +241,24 @@ class Scheduler:
         self._is_full = False
         return True
 
-    def hand_over(self, request_id: str) -> bool:
-        """Let a request that decodes end at its next token, its blocks kept for a reader; False when it does
-        not decode, or will have ended by then anyway."""
+    def hand_over(self, request_id: str, at_tokens: int = 0) -> Sequence | None:
+        """Let a request that decodes end early, its blocks kept for a reader; None when it does not decode,
+        or will have ended by then anyway.
+
+        Args:
+            at_tokens: with so many output tokens, and with its next one where it has them already.
+        """
         sequence = self._members.get(request_id)
         group = self.groups[sequence.lane] if sequence is not None else None
         if sequence is None or group is None or group.members.get(request_id) is not sequence:
-            return False
+            return None
         group.bring_up(sequence)
-        if sequence.generated + 1 >= sequence.limit:
-            return False
+        limit = max(at_tokens, sequence.generated + 1)
+        if limit >= sequence.limit:
+            return None
         sequence.keeps = sequence.hands_over = True
-        group.end_at(sequence, sequence.generated + 1)
-        return True
+        group.end_at(sequence, limit)
+        return sequence
 
     def loaded(self, sequence: Sequence, *, arrived: bool) -> None:
         """The KV of a loading request is there; or it will not come, and must be computed."""

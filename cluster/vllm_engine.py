@@ -18,7 +18,7 @@ from cluster.instance import EngineFacts, Fingerprint, chunk_tokens
 from cluster.vllm_coordinator import end_coordinators_with_parent
 from cluster.vllm_kv_events import VllmKvEvents
 from cluster.vllm_options import NEWS_ADDRESS, engine_config
-from cluster.wire import GO_ON_PARAM, HAND_OVER_PARAM, RELEASE_PARAM, Blocks, GoOn, Load
+from cluster.wire import GO_ON_PARAM, HAND_OVER_PARAM, RELEASE_PARAM, Blocks, GoOn, HandOver, Load
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +133,12 @@ class VllmEngine:
     def release(self, request_ids: list[str]) -> None:
         self._tell_connector(RELEASE_PARAM, request_ids)
 
-    def hand_over(self, request_ids: list[str]) -> None:
-        self._tell_connector(HAND_OVER_PARAM, request_ids)
+    def hand_over(self, message: HandOver) -> None:
+        self._tell_connector(HAND_OVER_PARAM, [message.request_id, message.at_tokens, message.follower])
 
     def go_on(self, message: GoOn) -> None:
-        self._tell_connector(GO_ON_PARAM, [message.request_id, message.token_ids, message.kv_params])
+        news = [message.request_id, message.token_ids, message.kv_params, message.replaces]
+        self._tell_connector(GO_ON_PARAM, news)
 
     def _tell_connector(self, param: str, news: list[Any]) -> None:
         raise NotImplementedError

@@ -14,14 +14,16 @@ from typing import Any, Final
 
 import msgspec
 
-WIRE_VERSION: Final = 5
+from cluster.handle import Follower
+
+WIRE_VERSION: Final = 6
 
 # ingress -> instance
 HELLO: Final = b"H"  # header Hello
 ADD: Final = b"A"  # header Offer, then the encoded request
 ABORT: Final = b"X"  # header list[str]: request ids
 RELEASE: Final = b"R"  # header list[str]: request ids whose blocks nobody will read
-HAND_OVER: Final = b"M"  # header list[str]: requests that shall go on elsewhere
+HAND_OVER: Final = b"M"  # header HandOver: a request that shall go on elsewhere
 GO_ON: Final = b"G"  # header GoOn: a request whose prompt was computed elsewhere meanwhile
 CALL: Final = b"U"  # header Call
 BYE: Final = b"B"  # the ingress leaves: abort all it has here
@@ -37,7 +39,7 @@ FATAL: Final = b"F"  # header str: the engine died of this
 
 # Key of `kv_transfer_params` in a request that only tells an engine's connector to release these request ids.
 RELEASE_PARAM: Final = "pdserve_release"
-# And in one that tells it to end these at their next token, and to keep their blocks for a reader.
+# And in one that tells it, as a HandOver, to end a request early, and to keep its blocks for a reader.
 HAND_OVER_PARAM: Final = "pdserve_hand_over"
 
 # And in one that tells it, as a GoOn, that a request which follows a prompt has it now.
@@ -103,17 +105,32 @@ class Offer(msgspec.Struct, array_like=True):
     must_take: bool = False
 
 
-class GoOn(msgspec.Struct, array_like=True):
-    """The prompt that a request follows (`cluster.handle.follow`) is computed.
+class HandOver(msgspec.Struct, array_like=True, omit_defaults=True):
+    """A running request shall end early, by its length, its blocks kept for a reader.
+
+    Attributes:
+        at_tokens: with so many output tokens; with its next one where it has them already.
+        follower: who reads what is full meanwhile, and expects `at_tokens`.
+    """
+
+    request_id: str
+    at_tokens: int = 0
+    follower: Follower | None = None
+
+
+class GoOn(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What a request follows (`cluster.handle.follow`) is computed.
 
     Attributes:
         token_ids: what was generated there, which is part of its prompt from now on.
         kv_params: how to read what it has not read yet.
+        replaces: tokens at the end of its prompt that only kept their places, until now.
     """
 
     request_id: str
     token_ids: list[int]
     kv_params: dict[str, Any]
+    replaces: int = 0
 
 
 class Call(msgspec.Struct, array_like=True):

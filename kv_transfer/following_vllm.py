@@ -1,4 +1,4 @@
-"""A reader of KV reads a prompt's blocks while the rest of it is still computed elsewhere.
+"""A reader of KV reads a request's blocks while the rest of it is still computed elsewhere.
 
 The scheduler's half holds a request back until it hears of its prompt, gives it memory then, and tells the
 workers what there is (`Following`). Each worker reads it (`EarlyReads`); what is left when the source has
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import vllm_api
-from cluster.handle import FOLLOWS_PARAM
+from cluster.handle import FOLLOWS_PARAM, UNKNOWN_PARAM
 from kv_transfer.early_read import EarlyRead, Progress
 from kv_transfer.news_zmq import NewsListener
 from kv_transfer.stats_vllm import EARLY_BYTES
@@ -56,8 +56,10 @@ class Following:
         self._dropped: set[str] = set()
 
     def came(self, request: Any) -> None:
-        if (request.kv_transfer_params or {}).get(FOLLOWS_PARAM):
+        params = request.kv_transfer_params or {}
+        if params.get(FOLLOWS_PARAM):
             self._follows[request.request_id] = _Follows(request)
+            _hash_known(request, params.get(UNKNOWN_PARAM, 0))
 
     def to_read(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool] | None:
         """As vLLM's `get_num_new_matched_tokens`, of a request that follows; None for another one."""
@@ -83,13 +85,14 @@ class Following:
         follows.prompt_blocks = math.ceil(held / scheduler.block_size)
         self._heard[request.request_id] = Heard(follows.progress, follows.local, follows.prompt_blocks)
 
-    def go_on(self, request_id: str, token_ids: list[int], params: dict[str, Any]) -> None:
-        """Its prompt is computed, and these tokens belong to it now."""
+    def go_on(self, request_id: str, token_ids: list[int], params: dict[str, Any], replaces: int = 0) -> None:
+        """What it follows is computed, and these tokens belong to its prompt now, in the places of its last
+        ones."""
         follows = self._follows.pop(request_id, None)
         if follows is None:  # its client left
             return
         request, scheduler = follows.request, self._scheduler
-        _extend_prompt(request, token_ids)
+        _extend_prompt(request, token_ids, replaces)
         request.kv_transfer_params = params
         scheduler.renew_lease(request)
         if follows.local is not None:
@@ -132,10 +135,22 @@ class Following:
             self._listener.close()
 
 
-def _extend_prompt(request: Any, token_ids: list[int]) -> None:
+def _hash_known(request: Any, unknown: int) -> None:
+    """Hash only blocks of tokens that are known: those of others must not be found in a cache."""
+    if unknown:
+        tokens = request._all_token_ids
+        tail = tokens[-unknown:]
+        del tokens[-unknown:]
+        request.block_hashes.clear()
+        request.update_block_hashes()
+        tokens.extend(tail)
+
+
+def _extend_prompt(request: Any, token_ids: list[int], replaces: int) -> None:
     """As vLLM's scheduler does it for a session's next input."""
-    request.prompt_token_ids.extend(token_ids)
-    request._all_token_ids.extend(token_ids)
+    for tokens in (request.prompt_token_ids, request._all_token_ids):
+        del tokens[len(tokens) - replaces :]
+        tokens.extend(token_ids)
     request.update_block_hashes()
     request.num_prompt_tokens = len(request.prompt_token_ids)
 

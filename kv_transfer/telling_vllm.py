@@ -1,4 +1,5 @@
-"""A source of KV tells who waits for a prompt, after each chunk of it, which blocks are full.
+"""A source of KV tells who waits for a prompt, after each chunk of it, which blocks are full; and who waits
+for a request that decodes here and goes on there, after each token.
 
 The scheduler's half of the connector knows chunks and blocks; that a chunk is computed it hears from the
 workers, as with asynchronous scheduling it is iterations ahead of them.
@@ -33,6 +34,7 @@ class StepDone(KVConnectorWorkerMetadata):  # type: ignore[misc]
 class _Told:
     request: Any
     follower: Follower
+    decodes: bool = False
 
 
 @dataclass(slots=True)
@@ -69,6 +71,11 @@ class Telling:
         if follower is not None and self._is_plain:
             self._told[request.request_id] = _Told(request, Follower(*follower))
 
+    def moves(self, request: Any, follower: Follower) -> None:
+        """A request that decodes will go on elsewhere."""
+        if self._is_plain:
+            self._told[request.request_id] = _Told(request, follower, decodes=True)
+
     def left(self, request_id: str) -> None:
         self._told.pop(request_id, None)
 
@@ -79,7 +86,10 @@ class Telling:
             if count := tokens.get(request_id):
                 request = told.request
                 end = request.num_computed_tokens + count
-                if end < request.num_prompt_tokens:
+                if told.decodes:
+                    # Beyond are tokens that are guessed and not yet verified, if any.
+                    end = min(end, request.num_tokens)
+                if told.decodes or end < request.num_prompt_tokens:
                     chunks.append(_Chunk(request_id, request.num_preemptions, end))
         if not chunks:
             return 0

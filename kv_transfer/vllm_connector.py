@@ -28,7 +28,7 @@ from typing import Any
 
 from cluster import vllm_api
 from cluster.errors import EnvironmentProblem
-from cluster.handle import keep_for_reader
+from cluster.handle import Follower, keep_for_reader
 from cluster.orphan import end_with_parent
 from cluster.spec import TransportName
 from cluster.vllm_cpu_experts import spread_experts
@@ -103,9 +103,8 @@ class PdScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         self._released.update(params.get(RELEASE_PARAM, ()))
         if GO_ON_PARAM in params:
             self._following.go_on(*params[GO_ON_PARAM])
-        for request_id in params.get(HAND_OVER_PARAM, ()):
-            if (running := self._requests.get(request_id)) is not None:
-                self._hand_over(running)
+        if HAND_OVER_PARAM in params:
+            self._hand_over(*params[HAND_OVER_PARAM])
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         self._requests.pop(request.request_id, None)
@@ -149,18 +148,22 @@ class PdScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         self._following.close()
         super().shutdown()
 
-    def _hand_over(self, request: Any) -> None:
-        """Let a request that decodes end by its length at its next token, as a prefill does at its first, so
-        that its blocks are kept and its end says how to read them."""
+    def _hand_over(self, request_id: str, at_tokens: int, follower: list[str] | None) -> None:
+        """Let a request that decodes end by its length, as a prefill does at its first token, so that its
+        blocks are kept and its end says how to read them."""
+        if (request := self._requests.get(request_id)) is None:
+            return
         # With asynchronous scheduling tokens are under way already.
-        limit = request.num_output_tokens + request.num_output_placeholders + 1
+        limit = max(at_tokens, request.num_output_tokens + request.num_output_placeholders + 1)
         decodes = request.status == RequestStatus.RUNNING and request.num_output_tokens > 0
         longest = self.vllm_config.model_config.max_model_len - request.num_prompt_tokens
         if not decodes or limit >= min(request.max_tokens, longest):
             return
         request.max_tokens = limit
         request.kv_transfer_params = keep_for_reader()
-        self._reqs_in_batch.add(request.request_id)
+        self._reqs_in_batch.add(request_id)
+        if follower is not None and limit == at_tokens:  # who expects fewer tokens has no room for these
+            self.telling.moves(request, Follower(*follower))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         if (to_read := self._following.to_read(request, num_computed_tokens)) is not None:

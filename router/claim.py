@@ -13,6 +13,7 @@ from cluster.request import ServeRequest
 from router.fleet import Fleet, L
 from router.policy import Decision
 from router.predictor import Predictor
+from router.view import Hold
 
 
 class Claim:
@@ -21,6 +22,7 @@ class Claim:
     __slots__ = (
         "_adapters",
         "_batch",
+        "_coming",
         "_decision",
         "_decode",
         "_fleet",
@@ -53,6 +55,7 @@ class Claim:
         self._fleet: Fleet[Any] = fleet
         places = (decision.prefill, decision.decode) if lone is None else (lone,)
         self._holds = [fleet.reservations.hold(instance_id, tokens) for instance_id in places]
+        self._coming: Hold | None = None
         self._adapters: list[AdapterHold | None] = []
         if request.adapter:
             views = map(fleet.view_of, places)
@@ -101,9 +104,14 @@ class Claim:
             requests = (self._batch + len(self._decode.decodes) + 1) // 2
             self._predictor.decoded(self._decode.info.role, requests, seconds / tokens)
 
+    def moving(self, instance_id: str, tokens: int) -> None:
+        """It will decode at another instance, where it has room for so many tokens from now on."""
+        self._coming = self._fleet.reservations.hold(instance_id, tokens)
+
     def moved(self, instance_id: str, tokens: int, generated: int) -> None:
         """It decodes at another instance from now on, with so many tokens, `generated` of them by itself."""
         self._holds[-1].release()
+        self._stays()
         self._holds[-1] = self._fleet.reservations.hold(instance_id, tokens)
         view = self._fleet.view_of(instance_id)
         if self._adapters:
@@ -121,6 +129,7 @@ class Claim:
 
     def close(self, now_s: float) -> None:
         """Give back what is left; any number of times."""
+        self._stays()
         for hold in self._holds:
             hold.release()
         for adapter in self._adapters:
@@ -130,6 +139,12 @@ class Claim:
         if self._decode is not None:
             self._decode.decodes.remove(self._name)
             self._decode = None
+
+    def _stays(self) -> None:
+        """It moves nowhere, or is there."""
+        if self._coming is not None:
+            self._coming.release()
+            self._coming = None
 
     def _leave_queue(self, now_s: float, *, is_served: bool) -> None:
         instance, self._prefill = self._prefill, None

@@ -47,8 +47,9 @@ class Hop:
         keep_s: how long its blocks are worth keeping when it has ended.
         swallow: output tokens that the client has already, generated again here (replay).
         deliver: whether its tokens go to the client.
-        source: the prefill hop whose blocks it reads.
+        source: the hop whose blocks it reads.
         follows: tokens that a decode sent while its prompt is computed will read; 0 once it has its prompt.
+        unknown: how many of them at its prompt's end only keep places of tokens that are not there yet.
         follower: of a prefill, where its engine tells how far it is.
         hands_over: whether its engine was told to keep its blocks for another: always of a prefill.
         handle: the blocks it kept, when it has ended and its engine did.
@@ -89,6 +90,7 @@ class Hop:
         "source",
         "stats",
         "swallow",
+        "unknown",
     )
 
     def __init__(
@@ -121,7 +123,7 @@ class Hop:
         self.cached_tokens = cached_tokens
         self.deadline_s = deadline_s
         self.keep_s = keep_s
-        self.follows = 0
+        self.follows = self.unknown = 0
         self.follower: Follower | None = None
         self.hands_over = kind is HopKind.PREFILL
         self.handle: KvHandle | None = None
@@ -143,32 +145,43 @@ class Hop:
         if self.kind is HopKind.PREFILL:
             return keep_for_reader(self.follower)
         if self.follows:
-            return follow(self.follows)
+            return follow(self.follows, self.unknown)
         return (
             self.source.handle.params if self.source is not None and self.source.handle is not None else None
         )
 
     @property
     def awaits(self) -> bool:
-        """Whether its source's token will belong to its prompt."""
+        """Whether its source's last token will belong to its prompt, as one more."""
         return self.follows > 0 and self.source is not None and self.source.deliver
 
-    def follow(self, news_address: str) -> None:
-        """Before either is sent: let its engine read what its source computes meanwhile, until `go_on`."""
+    def follow(self, news_address: str, tokens: int = 1) -> None:
+        """Before it is sent: let its engine read what its source computes meanwhile, until `go_on`.
+
+        Args:
+            tokens: which its source gives until then.
+        """
         assert self.source is not None
-        self.follows = len(self.source.prompt_token_ids)
+        if self.source.kind is HopKind.PREFILL:
+            self.follows = len(self.source.prompt_token_ids)
+        else:
+            self.unknown = tokens - 1
+            self.prompt_token_ids = self.prompt_token_ids + [0] * self.unknown
+            self.follows = len(self.prompt_token_ids)
         if self.awaits:
-            self.max_tokens -= 1
+            self.max_tokens -= tokens
             self.is_first = False
         self.source.follower = Follower(news_address, self.hop_id)
 
     def go_on(self, handle: KvHandle, now_s: float) -> GoOn:
         """Its prompt is computed: what to tell its engine."""
-        token_ids = self.generated[-1:] if self.awaits else []
-        self.prompt_token_ids = self.prompt_token_ids + token_ids
-        self.follows = 0
+        replaces = self.unknown
+        token_ids = self.generated[-1 - replaces :] if self.awaits else []
+        known = len(self.prompt_token_ids) - replaces
+        self.prompt_token_ids = self.prompt_token_ids[:known] + token_ids
+        self.follows = self.unknown = 0
         self.progress_s = now_s
-        return GoOn(self.hop_id, token_ids, dict(handle.params))
+        return GoOn(self.hop_id, token_ids, dict(handle.params), replaces)
 
     def offer(self, now_s: float) -> Offer:
         """How the instance is asked to take it."""

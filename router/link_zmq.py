@@ -115,8 +115,8 @@ class ZmqLink:
     def release(self, request_ids: list[str]) -> None:
         self._tell(wire.RELEASE, request_ids)
 
-    def hand_over(self, request_ids: list[str]) -> None:
-        self._tell(wire.HAND_OVER, request_ids)
+    def hand_over(self, message: wire.HandOver) -> None:
+        self._tell(wire.HAND_OVER, message)
 
     def go_on(self, message: wire.GoOn) -> None:
         self._tell(wire.GO_ON, message)

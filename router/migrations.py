@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from cluster.instance import InstanceState, Role
 from cluster.metrics import IngressMetrics
 from router.decisions import Decisions
-from router.fleet import Fleet, L
+from router.fleet import Fleet, L, Member
+from router.links import NETWORK, NODE, link_between
 from router.predictor import Predictor
 from router.rebalance import EVERY_S, best_move, iteration_s, overloaded
 from router.view import InstanceView
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 Rebalance = Literal["off", "memory", "all"]
 
 logger = logging.getLogger(__name__)
+
+# What links between instances do at least where KV is worth moving: PCIe or shared memory, a good Ethernet. A
+# move is put off for as long as copying takes by that, or by what hand-overs were seen to take.
+BYTES_PER_S = {NODE: 10e9, NETWORK: 2.5e9}
 
 
 class Migrations:
@@ -60,15 +65,28 @@ class Migrations:
         run = self._runs.get(request_id)
         if run is None or not run.can_move() or run.decodes_at == instance_id:
             return False
-        if instance_id not in self._fleet:
+        target = self._fleet.get(instance_id)
+        if target is None or target.info.state is not InstanceState.READY:
             return False
         logger.debug("%s goes from %s to %s: %s", request_id, run.decodes_at, instance_id, cause)
         self._metrics.migrations.labels(cause=cause).inc()
         if self._decisions is not None:
             now_s = asyncio.get_running_loop().time()
             self._decisions.moved(request_id, run.decodes_at, instance_id, cause, now_s)
-        run.move(instance_id)
+        run.move(instance_id, self._copy_s(run, target))
         return True
+
+    def _copy_s(self, run: Run, target: Member[L]) -> float:
+        """What it takes to copy a running request's KV, beside that of all others that move now."""
+        here, facts = self._fleet.view_of(run.decodes_at), target.info.facts
+        if here is None or facts is None:
+            return 0.0
+        tokens = len(run.request.prompt_token_ids) + len(run.generated)
+        link = link_between(here, target.view)
+        seconds = tokens * facts.kv_bytes_per_token / BYTES_PER_S[link]
+        if self._predictor is not None:
+            seconds = max(seconds, self._predictor.hand_overs.seconds(link, tokens))
+        return seconds * sum(bool(one.moves_to) or one is run for one in self._runs.values())
 
     def look(self, now_s: float) -> None:
         """Rebalance, and empty what is to be empty, unless it was looked at a moment ago."""

@@ -14,11 +14,11 @@ from cluster.instance import InstanceInfo, InstanceLoad, InstanceState, Role
 from cluster.metrics import IngressMetrics
 from cluster.request import ServeRequest, Stage
 from cluster.spec import DeadlineSpec
-from cluster.wire import GoOn
+from cluster.wire import GoOn, HandOver
 from router.admission import Admission, retry_s
 from router.decisions import Decisions
 from router.fleet import Fleet
-from router.hop import EngineOutput, Hop
+from router.hop import EngineOutput, Hop, HopKind
 from router.links import NETWORK, link_between
 from router.migrations import Migrations, Rebalance
 from router.policy import Decision, Policy, Unsplit
@@ -56,8 +56,8 @@ class Link(Protocol):
         """Free blocks kept for a reader that will not come. Never raises."""
         ...
 
-    def hand_over(self, request_ids: list[str]) -> None:
-        """End running requests at their next token, and keep their blocks for a reader. Never raises."""
+    def hand_over(self, message: HandOver) -> None:
+        """End a running request early, and keep its blocks for a reader. Never raises."""
         ...
 
     def go_on(self, message: GoOn) -> None:
@@ -322,19 +322,22 @@ class Router:
 
     # --- what runs use
 
-    def hand_over(self, hop: Hop) -> None:
-        """Let the engine of a hop end it at its next token, its blocks kept."""
+    def hand_over(self, hop: Hop, at_tokens: int = 0) -> None:
+        """Let the engine of a hop end it with so many output tokens, its blocks kept; with its next one where
+        it has them already."""
         if (member := self.fleet.get(hop.instance_id)) is not None:
-            member.link.hand_over([hop.hop_id])
+            member.link.hand_over(HandOver(hop.hop_id, at_tokens, hop.follower))
 
-    def news_address(self, prompt: Hop, instance_id: str) -> str:
-        """Where an instance hears how far a prompt is; empty where it shall be told only of its end: of one
-        that is computed at once there is no news before."""
-        source, reader = self.fleet.get(prompt.instance_id), self.fleet.get(instance_id)
-        if source is None or reader is None or source.info.facts is None or reader.info.facts is None:
+    def news_address(self, source: Hop, instance_id: str) -> str:
+        """Where an instance hears how far a hop elsewhere is; empty where it shall be told only of its end:
+        of a prompt that is computed at once there is no news before."""
+        there, reader = self.fleet.get(source.instance_id), self.fleet.get(instance_id)
+        if there is None or reader is None or there.info.facts is None or reader.info.facts is None:
             return ""
-        chunk = source.info.facts.chunk_tokens
-        if not chunk or len(prompt.prompt_token_ids) - prompt.cached_tokens <= chunk:
+        chunk = there.info.facts.chunk_tokens
+        if source.kind is HopKind.PREFILL and (
+            not chunk or len(source.prompt_token_ids) - source.cached_tokens <= chunk
+        ):
             return ""
         return reader.info.facts.news_address
 

@@ -21,6 +21,7 @@ from router.hop import Hop, HopKind
 from router.offers import Offers
 from router.policy import Decision
 from router.predictor import Prediction
+from router.read_ahead import ReadAhead, tokens_ahead
 from router.rebalance import LEAST_LEFT, Progress
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Run:
         self._offers = Offers(request, router.deadlines.prefill_s, now_s)
         self._decoding: Hop | None = None
         self._next = ""
+        self._ahead = ReadAhead()
         self.task: asyncio.Task[None]
         self._decision: Decision
         self._claim: Claim
@@ -117,15 +119,37 @@ class Run:
         left = self.request.max_tokens - len(self.generated)
         return self.request.handoff is Handoff.TOKENS and left > 2
 
-    def move(self, instance_id: str) -> None:
+    def move(self, instance_id: str, copy_s: float = 0.0) -> None:
         """Let it go on at another instance; only where it `can_move`.
 
-        Its engine ends it at its next token, which it may do for good instead: then it does not move.
+        Its engine ends it soon, which it may do for good instead: then it does not move. Until then the other
+        one reads what is there, where it can hear of it.
+
+        Args:
+            copy_s: what that takes, roughly.
         """
-        assert self._decoding is not None
+        source = self._decoding
+        assert source is not None
         self._next = instance_id
-        self._decoding.hands_over = True
-        self._router.hand_over(self._decoding)
+        tokens = len(self.request.prompt_token_ids) + len(self.generated)
+        self._claim.moving(instance_id, tokens)
+        source.hands_over = True
+        at_tokens = 0
+        if news_address := self._router.news_address(source, instance_id):
+            done = len(self.generated)
+            token_s = (self._now() - (self.timeline.first_token_s or 0.0)) / done
+            # What comes in steps of several tokens is behind what is there.
+            unseen_s = self._now() - source.progress_s
+            more = tokens_ahead(copy_s + unseen_s, token_s, self.request.max_tokens - done)
+            reader = self._hop(instance_id, HopKind.DECODE, source=source)
+            reader.follow(news_address, more)
+            try:
+                self._ahead.begin(reader, self._router.open(reader), done + more)
+            except ServingError:  # the other one was lost this moment: known when it is to go there
+                source.follower = None
+            else:
+                at_tokens = tokens + more - len(source.prompt_token_ids)
+        self._router.hand_over(source, at_tokens)
 
     @property
     def moves_to(self) -> str:
@@ -158,6 +182,7 @@ class Run:
 
     def give_back(self) -> None:
         """Release what is reserved still."""
+        self._ahead.close()
         self._claim.close(self._now())
 
     async def serve(self) -> None:
@@ -268,8 +293,12 @@ class Run:
                     return
                 tokens = len(self.request.prompt_token_ids) + len(self.generated)
                 self._claim.moved(self._next, tokens, len(self.generated))
-                decode = self._hop(self._next, HopKind.DECODE, source=source)
-                with self._router.open(decode):
+                with ExitStack() as opened:
+                    if (decode := self._ahead.take(len(self.generated), opened)) is not None:
+                        self._router.go_on(decode, source.handle)
+                    else:
+                        decode = self._hop(self._next, HopKind.DECODE, source=source)
+                        opened.enter_context(self._router.open(decode))
                     await self._decode(decode, source.handle)
             finally:
                 self._let_go(source, decode)

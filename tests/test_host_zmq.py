@@ -308,8 +308,9 @@ async def test_what_is_sent_to_an_instance_that_is_gone_is_an_error_at_once() ->
         await until(lambda: "decode-0" not in ingress.keeper.links)
         with pytest.raises(InstanceLost):
             await link.call("is_sleeping", [], 1.0)
-        for tell in (link.abort, link.release, link.hand_over):
-            tell(["r"])
+        link.abort(["r"])
+        link.release(["r"])
+        link.hand_over(wire.HandOver("r"))
         link.go_on(wire.GoOn("r", [], {}))
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from cluster import wire
-from cluster.handle import KvHandle, handle_of
+from cluster.handle import Follower, KvHandle, follow, handle_of
 from deploy.tiny_model_torch import build_tiny_model
+from kv_transfer.stats_vllm import EARLY_BYTES
 from tests.hybrid_model_torch import build_hybrid_model
 from tests.test_engines_vllm import BLOCK, Process, pair
+from tests.test_overlap_vllm import finished
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -45,7 +47,7 @@ async def until_handed_over(
                 return tokens, handle_of(output.kv_transfer_params), stats
         if len(tokens) >= at_least and not told:
             told = True
-            await engine.post(wire.HAND_OVER, wire.pack([name]))
+            await engine.post(wire.HAND_OVER, wire.pack(wire.HandOver(name)))
 
 
 async def empty(engine: Process) -> None:
@@ -96,19 +98,76 @@ async def check_back_and_forth(here: Process, there: Process) -> None:
     await empty(there)
 
 
+async def moved_ahead(
+    here: Process, there: Process, name: str, prompt: list[int], more: int, poison: bool = False
+) -> tuple[list[int], Any]:
+    """A request that is told to go on with so many more tokens, and read meanwhile; its tokens, and the
+    reader's statistics.
+
+    Args:
+        poison: let the reader have blocks in its cache of what keeps the places of tokens to come.
+    """
+    source, reader = f"{name}-source", f"{name}-reader"
+    await here.add(source, prompt, TOKENS)
+    tokens: list[int] = []
+    while len(tokens) < 2:
+        for output in await here.step():
+            tokens += output.new_token_ids
+    known = len(tokens)
+    padded = prompt + tokens + [0] * (more - 1)
+    if poison:
+        await there.generate(f"{name}-poison", [*padded, 0], 1)
+    await there.add(reader, padded, TOKENS - known - more, follow(len(padded), more - 1))
+    follower = Follower(there.facts["news_address"], reader)
+    await here.post(wire.HAND_OVER, wire.pack(wire.HandOver(source, known + more, follower)))
+    rest, handle, _ = await finished(here, source)
+    assert handle is not None
+    assert len(rest) == more
+    assert handle.tokens == len(prompt) + known + more - 1
+    message = wire.GoOn(reader, rest, dict(handle.params), more - 1)
+    await there.post(wire.GO_ON, wire.pack(message))
+    last, _, stats = await finished(there, reader)
+    return tokens + rest + last, stats
+
+
+async def check_read_ahead(here: Process, there: Process) -> None:
+    """What is there when it is told to go on is read while it still decodes, and the tokens are the same."""
+    rng = random.Random(3)
+    early = there.transfers.setdefault(EARLY_BYTES, [])
+    for length in (1, 100, BLOCK - 30, 2 * BLOCK - 12, 700, 1500):
+        prompt = [rng.randrange(100, 4000) for _ in range(length)]
+        whole, _, _ = await there.generate(f"ahead-{length}", prompt, TOKENS)
+        assert await there.call("reset_prefix_cache")
+        before = sum(early)
+        tokens, stats = await moved_ahead(here, there, f"ahead-{length}", prompt, rng.randint(6, 20))
+        assert tokens == whole, length
+        assert stats.num_local_cached_tokens == 0
+        assert (sum(early) > before) == (length > BLOCK)
+        await empty(here)
+    prompt = [rng.randrange(100, 4000) for _ in range(2 * BLOCK - 6)]
+    whole, _, _ = await here.generate("unread", prompt, TOKENS)
+    assert await there.call("reset_prefix_cache")
+    tokens, stats = await moved_ahead(here, there, "unread", prompt, 12, poison=True)
+    assert tokens == whole
+    assert stats.num_local_cached_tokens == BLOCK, "the first block, of the prompt alone"
+    await empty(here)
+    await empty(there)
+
+
 async def check_what_is_not_handed_over(here: Process, there: Process) -> None:
     """Its last token, an unknown request, and one that its client has left."""
     prompt = [7] * 50
     tokens, handle, _ = await until_handed_over(here, "late", prompt, TOKENS - 1)
     assert len(tokens) == TOKENS
     assert handle is None
-    await here.post(wire.HAND_OVER, wire.pack(["nobody", "late"]))
+    for name in ("nobody", "late"):
+        await here.post(wire.HAND_OVER, wire.pack(wire.HandOver(name)))
     again, _, _ = await here.generate("again", prompt, TOKENS)
     assert again == tokens
     await here.add("left", prompt, 400)
     while not any(output.new_token_ids for output in await here.step()):
         pass
-    await here.post(wire.HAND_OVER, wire.pack(["left"]))
+    await here.post(wire.HAND_OVER, wire.pack(wire.HandOver("left")))
     await here.post(wire.ABORT, wire.pack(["left"]))
     await here.generate("after", prompt, 2)
     await empty(here)
@@ -118,6 +177,7 @@ async def test_requests_go_on_in_another_engine(model: Path) -> None:
     async with pair(model, "own") as (here, there):
         await check_every_place_in_a_block(here, there)
         await check_back_and_forth(here, there)
+        await check_read_ahead(here, there)
         await check_what_is_not_handed_over(here, there)
 
 

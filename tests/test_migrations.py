@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -11,11 +13,22 @@ import pytest
 from cluster.errors import ServingError
 from cluster.instance import InstanceState
 from cluster.request import Handoff
+from router import read_ahead
 from router.hop import HopKind
+from router.read_ahead import tokens_ahead
 from tests.twins import TwinCluster, expected_tokens, until
 
 PROMPT = list(range(200, 240))
+Make = Callable[..., TwinCluster]
 PLACES = ("prefill-0", "decode-0", "decode-1")
+
+
+@pytest.fixture(params=["read at the end", "read ahead"])
+def cluster_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Where the next engine hears nothing before this one's end, and where it does."""
+    monkeypatch.setattr(read_ahead, "TOLD_S", 0.0)  # these engines hear at once
+    chunk = 1000 if request.param == "read ahead" else 0
+    return partial(TwinCluster, chunk=chunk)
 
 
 def count(cluster: TwinCluster, cause: str) -> float:
@@ -29,8 +42,8 @@ async def running(cluster: TwinCluster, name: str, tokens: int, at_least: int = 
     return cluster.router._runs[name].decodes_at
 
 
-async def test_a_stream_goes_on_elsewhere_without_a_gap_in_its_tokens() -> None:
-    cluster = TwinCluster(*PLACES)
+async def test_a_stream_goes_on_elsewhere_without_a_gap_in_its_tokens(cluster_of: Make) -> None:
+    cluster = cluster_of(*PLACES)
     here = await running(cluster, "a", 50)
     there = "decode-1" if here == "decode-0" else "decode-0"
     assert cluster.router.migrations.begin("a", there)
@@ -55,11 +68,11 @@ async def test_a_stream_goes_on_elsewhere_without_a_gap_in_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_any_number_of_moves_at_any_time(seed: int) -> None:
+async def test_any_number_of_moves_at_any_time(cluster_of: Make, seed: int) -> None:
     random = Random(seed)
-    cluster = TwinCluster(*PLACES, "decode-2")
+    cluster = cluster_of(*PLACES, "decode-2")
     names = [f"r{n}" for n in range(12)]
-    lengths = {name: random.randint(1, 80) for name in names}
+    lengths = {name: random.randint(1, 200) for name in names}
     for name in names:
         cluster.submit(name, PROMPT, lengths[name])
     while cluster.router.pending:
@@ -76,8 +89,8 @@ async def test_any_number_of_moves_at_any_time(seed: int) -> None:
     cluster.assert_nothing_held()
 
 
-async def test_an_unsplit_request_moves_too() -> None:
-    cluster = TwinCluster(*PLACES)
+async def test_an_unsplit_request_moves_too(cluster_of: Make) -> None:
+    cluster = cluster_of(*PLACES)
     cluster.submit("a", PROMPT[:1], 40)
     await until(lambda: len(cluster.tokens.get("a", [])) >= 3)
     here = cluster.router._runs["a"].decodes_at
@@ -87,8 +100,8 @@ async def test_an_unsplit_request_moves_too() -> None:
     cluster.assert_nothing_held()
 
 
-async def test_who_can_not_move_stays() -> None:
-    cluster = TwinCluster(*PLACES)
+async def test_who_can_not_move_stays(cluster_of: Make) -> None:
+    cluster = cluster_of(*PLACES)
     migrations = cluster.router.migrations
     cluster.submit("state", PROMPT, 30, handoff=Handoff.KV_ONLY)
     here = await running(cluster, "a", 30)
@@ -105,9 +118,11 @@ async def test_who_can_not_move_stays() -> None:
     cluster.assert_nothing_held()
 
 
-async def test_an_engine_that_does_not_hand_over_ends_the_request_itself() -> None:
+async def test_an_engine_that_does_not_hand_over_ends_the_request_itself(
+    cluster_of: Make,
+) -> None:
     """It waits there, say, preempted; or it ended meanwhile."""
-    cluster = TwinCluster(*PLACES)
+    cluster = cluster_of(*PLACES)
     here = await running(cluster, "a", 20)
     cluster.instances[here].deaf = True
     assert cluster.router.migrations.begin("a", "decode-1" if here == "decode-0" else "decode-0")
@@ -117,8 +132,8 @@ async def test_an_engine_that_does_not_hand_over_ends_the_request_itself() -> No
 
 
 @pytest.mark.parametrize("dies", ["source", "target"])
-async def test_a_death_in_between_costs_a_recomputation(dies: str) -> None:
-    cluster = TwinCluster(*PLACES, "decode-2")
+async def test_a_death_in_between_costs_a_recomputation(cluster_of: Make, dies: str) -> None:
+    cluster = cluster_of(*PLACES, "decode-2")
     here = await running(cluster, "a", 40)
     there = next(name for name in ("decode-0", "decode-1") if name != here)
     cluster.instances[there].stalls_at = 0  # it has the request and gives nothing
@@ -132,8 +147,8 @@ async def test_a_death_in_between_costs_a_recomputation(dies: str) -> None:
     cluster.assert_nothing_held()
 
 
-async def test_a_target_that_left_before_costs_one_too() -> None:
-    cluster = TwinCluster(*PLACES)
+async def test_a_target_that_left_before_costs_one_too(cluster_of: Make) -> None:
+    cluster = cluster_of(*PLACES)
     here = await running(cluster, "a", 40)
     there = next(name for name in ("decode-0", "decode-1") if name != here)
     cluster.router.migrations.begin("a", there)
@@ -143,8 +158,8 @@ async def test_a_target_that_left_before_costs_one_too() -> None:
     cluster.assert_nothing_held()
 
 
-async def test_a_client_that_leaves_in_between_leaves_nothing() -> None:
-    cluster = TwinCluster(*PLACES)
+async def test_a_client_that_leaves_in_between_leaves_nothing(cluster_of: Make) -> None:
+    cluster = cluster_of(*PLACES)
     here = await running(cluster, "a", 40)
     there = next(name for name in ("decode-0", "decode-1") if name != here)
     cluster.instances[there].stalls_at = 0
@@ -155,8 +170,8 @@ async def test_a_client_that_leaves_in_between_leaves_nothing() -> None:
     cluster.assert_nothing_held()
 
 
-async def test_what_runs_on_an_instance_that_drains_goes_on_elsewhere() -> None:
-    cluster = TwinCluster(*PLACES)
+async def test_what_runs_on_an_instance_that_drains_goes_on_elsewhere(cluster_of: Make) -> None:
+    cluster = cluster_of(*PLACES)
     for name in "abcd":
         await running(cluster, name, 60)
     cluster.router.update(replace(cluster.instances["decode-0"].info, state=InstanceState.DRAINING))
@@ -170,8 +185,10 @@ async def test_what_runs_on_an_instance_that_drains_goes_on_elsewhere() -> None:
     cluster.assert_nothing_held()
 
 
-async def test_what_is_on_its_way_to_an_instance_that_drains_goes_on_elsewhere_too() -> None:
-    cluster = TwinCluster(*PLACES)
+async def test_what_is_on_its_way_to_an_instance_that_drains_goes_on_elsewhere_too(
+    cluster_of: Make,
+) -> None:
+    cluster = cluster_of(*PLACES)
     cluster.submit("a", PROMPT, 1_000_000)
     cluster.router.update(replace(cluster.instances["decode-0"].info, state=InstanceState.DRAINING))
     assert count(cluster, "drain") == 0
@@ -188,9 +205,9 @@ async def test_what_is_on_its_way_to_an_instance_that_drains_goes_on_elsewhere_t
     cluster.assert_nothing_held()
 
 
-async def test_an_unknown_error_of_the_target_is_its_own() -> None:
+async def test_an_unknown_error_of_the_target_is_its_own(cluster_of: Make) -> None:
     """A target that refuses the request fails it there; it is computed anew elsewhere."""
-    cluster = TwinCluster(*PLACES, "decode-2")
+    cluster = cluster_of(*PLACES, "decode-2")
     here = await running(cluster, "a", 40)
     there = next(name for name in ("decode-0", "decode-1") if name != here)
     cluster.instances[there].stalls_at = 0
@@ -203,3 +220,54 @@ async def test_an_unknown_error_of_the_target_is_its_own() -> None:
     assert cluster.tokens["a"] == expected_tokens(PROMPT, 40)
     assert not [error for error in cluster.errors.values() if isinstance(error, ServingError)]
     cluster.assert_nothing_held()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+async def test_its_next_engine_is_sent_it_before_and_goes_on_with_what_came_meanwhile(late: int) -> None:
+    """Unless its engine gave more tokens than were agreed on: then it moves as if nothing had been read."""
+    cluster = TwinCluster(*PLACES, chunk=1000)
+    here = await running(cluster, "a", 400)
+    there = next(name for name in ("decode-0", "decode-1") if name != here)
+    source, reader = cluster.instances[here], cluster.instances[there]
+    assert cluster.router.migrations.begin("a", there)
+    assert cluster.router.reservations.tokens(there) >= len(PROMPT), "its room is kept for it"
+    (hop_id,) = reader.following
+    hop = reader.sent[-1]
+    known = len(PROMPT) + len(cluster.tokens["a"])
+    assert hop.prompt_token_ids == PROMPT + cluster.tokens["a"] + [0] * hop.unknown
+    assert hop.follows == known + hop.unknown
+    (source_id,) = source.handing_over
+    source.handing_over[source_id] += late
+    await until(lambda: cluster.router._runs["a"].decodes_at == there)
+    assert not reader.following
+    if late:
+        assert [hop.hop_id for hop in reader.sent] == [hop_id, hop_id.replace("~3", "~4")]
+        assert not reader.gone_on
+    else:
+        (message,) = reader.gone_on
+        assert len(message.token_ids) == message.replaces + 1
+        assert hop.prompt_token_ids == (PROMPT + expected_tokens(PROMPT, 400))[: len(hop.prompt_token_ids)]
+        assert len(hop.prompt_token_ids) == known + message.replaces + 1
+    await cluster.settle()
+    assert cluster.tokens["a"] == expected_tokens(PROMPT, 400)
+    assert not cluster.errors
+    cluster.assert_nothing_held()
+
+
+@pytest.mark.parametrize(
+    ("copy_s", "token_s", "left", "expected"),
+    [(0.0, 0.03, 100, 3), (0.3, 0.03, 100, 13), (0.3, 0.03, 8, 7), (0.3, 0.0, 8, 2), (9.0, 0.01, 999, 256)],
+)
+def test_a_move_is_put_off_for_as_long_as_copying_takes(
+    copy_s: float, token_s: float, left: int, expected: int
+) -> None:
+    assert tokens_ahead(copy_s, token_s, left) == expected
+
+
+async def test_nobody_moves_to_an_instance_that_drains() -> None:
+    cluster = TwinCluster(*PLACES)
+    here = await running(cluster, "a", 30)
+    there = next(name for name in ("decode-0", "decode-1") if name != here)
+    cluster.router.update(replace(cluster.instances[there].info, state=InstanceState.DRAINING))
+    assert not cluster.router.migrations.begin("a", there)
+    await cluster.settle()

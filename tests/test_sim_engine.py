@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster.latency import Batch, ConstantLatency, LatencyModel
 from cluster.sim_engine import KvGone, SimEngine
 from cluster.sim_options import TwinOptions
-from cluster.wire import FINISH_LENGTH, TokenOutput, TokenRequest
+from cluster.wire import FINISH_LENGTH, HandOver, TokenOutput, TokenRequest
 from deploy.virtual_time import run_virtual
 from tests.twins import expected_tokens
 
@@ -537,9 +537,9 @@ async def test_an_adapter_for_a_twin_without_any_is_refused() -> None:
 
 
 def test_a_running_request_goes_on_in_another_twin() -> None:
-    """At its next token, with all its KV but that token's; wherever it is in a block."""
+    """At its next token or later, with all its KV but that token's; wherever it is in a block."""
 
-    async def one(length: int, after: int) -> None:
+    async def one(length: int, after: int, at_tokens: int = 0) -> None:
         exchange = Exchange()
         here, there = (SimEngine(options_of(), "m", exchange=exchange) for _ in range(2))
         prompt = list(range(100, 100 + length))
@@ -551,9 +551,11 @@ def test_a_running_request_goes_on_in_another_twin() -> None:
                 tokens += output.new_token_ids
                 handle = output.kv_transfer_params
             if len(tokens) == after:
-                here.hand_over(["a", "nobody"])
-        assert len(tokens) == after + 1
-        assert handle["remote_num_tokens"] == length + after
+                here.hand_over(HandOver("nobody"))
+                here.hand_over(HandOver("a", at_tokens))
+        assert len(tokens) == max(after + 1, at_tokens)
+        held = length + len(tokens) - 1
+        assert handle["remote_num_tokens"] == held
         assert not here.idle
         there.submit(request("b", prompt + tokens, 40 - len(tokens), handle))
         stats = None
@@ -563,8 +565,8 @@ def test_a_running_request_goes_on_in_another_twin() -> None:
                 stats = output.prefill_stats or stats
         assert tokens == expected_tokens(prompt, 40)
         assert stats is not None
-        assert stats.num_external_cached_tokens == length + after
-        assert exchange.read_tokens == [length + after]
+        assert stats.num_external_cached_tokens == held
+        assert exchange.read_tokens == [held]
         assert there.idle
         here.release(["a"])
         assert here.idle
@@ -572,6 +574,7 @@ def test_a_running_request_goes_on_in_another_twin() -> None:
     for length in range(1, 10):
         for after in (1, 2, 5, 38):
             run_virtual(one(length, after))
+        run_virtual(one(length, 2, at_tokens=9))
 
 
 def test_what_would_end_anyway_or_does_not_decode_is_not_handed_over() -> None:
@@ -580,12 +583,13 @@ def test_what_would_end_anyway_or_does_not_decode_is_not_handed_over() -> None:
         engine.submit(request("a", [100] * 10, 5))
         engine.submit(request("waits", [200] * 10, 3))
         seen: dict[str, list[TokenOutput]] = {"a": [], "waits": []}
-        engine.hand_over(["a", "waits"])  # neither has a token
+        for name in ("a", "waits"):
+            engine.hand_over(HandOver(name))  # neither has a token
         while sum(len(one.new_token_ids) for one in seen["waits"]) < 3:
             for output in (await engine.outputs()).outputs:
                 seen[output.request_id].append(output)
             if sum(len(one.new_token_ids) for one in seen["a"]) == 4:
-                engine.hand_over(["a"])  # its next token is its last
+                engine.hand_over(HandOver("a"))  # its next token is its last
         assert sum(len(one.new_token_ids) for one in seen["a"]) == 5
         assert [one.kv_transfer_params for outputs in seen.values() for one in outputs] == [None] * 8
         assert engine.idle

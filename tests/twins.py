@@ -18,7 +18,7 @@ from cluster.metrics import IngressMetrics
 from cluster.request import NO_SLO, Handoff, ServeRequest, Slo
 from cluster.sim_engine import tokens_after
 from cluster.spec import DeadlineSpec
-from cluster.wire import FINISH_LENGTH, GoOn, PrefillCounts, TokenOutput
+from cluster.wire import FINISH_LENGTH, GoOn, HandOver, PrefillCounts, TokenOutput
 from router.hop import Hop, HopKind
 from router.policy import LeastTokens
 from router.router import Router
@@ -64,7 +64,7 @@ class TwinInstance:
         stalls_at: output position at which a request stops making progress (never, by default).
         recomputes: whether a decode ignores the blocks it was given.
         waits_s: what it says to the next prompts that it refuses, one each, while there is anything.
-        handing_over: hops that were told to end at their next token.
+        handing_over: hops that were told to end early, and with how many tokens.
         following: hops that wait for their prompts, and what those were told that went on.
         deaf: whether it does not hear that, as an engine where the request waits.
         has_them: whether a decode finds the prompt in its own cache, and so reads nothing and tells nobody.
@@ -79,7 +79,7 @@ class TwinInstance:
         self.stalls_at = 1 << 30
         self.waits_s: list[float] = []
         self.recomputes = False
-        self.handing_over: set[str] = set()
+        self.handing_over: dict[str, int] = {}
         self.following: dict[str, Hop] = {}
         self.gone_on: list[GoOn] = []
         self.deaf = False
@@ -109,9 +109,14 @@ class TwinInstance:
     def release(self, request_ids: list[str]) -> None:
         self.kept.difference_update(request_ids)
 
-    def hand_over(self, request_ids: list[str]) -> None:
+    def hand_over(self, message: HandOver) -> None:
         if not self.deaf:
-            self.handing_over.update(request_ids)
+            self.handing_over[message.request_id] = message.at_tokens
+
+    def hands_over(self, hop: Hop, tokens: int) -> bool:
+        """Whether a hop ends, told to, with so many."""
+        at_tokens = self.handing_over.get(hop.hop_id)
+        return at_tokens is not None and at_tokens <= tokens < hop.max_tokens
 
     def go_on(self, message: GoOn) -> None:
         hop = self.following.pop(message.request_id)
@@ -120,7 +125,7 @@ class TwinInstance:
 
     def kill(self) -> None:
         """The process is gone, and with it what it kept."""
-        self.abort(list(self.tasks))
+        self.abort([*self.tasks, *self.following])
         self.kept.clear()
         self.cluster.router.leave(self.info.instance_id, why="killed")
 
@@ -146,7 +151,7 @@ class TwinInstance:
                     num_local_cached_tokens=local,
                     num_external_cached_tokens=read,
                 )
-            hands_over = hop.hop_id in self.handing_over and position + 1 < hop.max_tokens
+            hands_over = self.hands_over(hop, position + 1)
             is_last = position == hop.max_tokens - 1 or hands_over
             if is_last:
                 output.finish_reason = FINISH_LENGTH

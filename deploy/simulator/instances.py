@@ -16,7 +16,7 @@ from cluster.sim_engine import Counters, KvExchange, SimEngine, Watcher
 from cluster.sim_group import SimGroup
 from cluster.sim_options import TwinOptions, twin_options
 from cluster.spec import ClusterSpec
-from cluster.wire import DUE_PARAM, KEEP_PARAM, Blocks, GoOn, Offer, TokenOutput, TokenRequest
+from cluster.wire import DUE_PARAM, KEEP_PARAM, Blocks, GoOn, HandOver, Offer, TokenOutput, TokenRequest
 from cluster.worker import Ready
 from decode_worker.phase import phase_options as decode_options
 from decode_worker.phase import twin_parts as decode_parts
@@ -219,9 +219,9 @@ class SimLife:
         if not self._dead:
             self.engine.release(request_ids)
 
-    def hand_over(self, request_ids: list[str]) -> None:
+    def hand_over(self, message: HandOver) -> None:
         if not self._dead:
-            self.engine.hand_over(request_ids)
+            self.engine.hand_over(message)
 
     def go_on(self, message: GoOn) -> None:
         if (hop := self._following.pop(message.request_id, None)) is not None:

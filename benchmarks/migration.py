@@ -1,6 +1,6 @@
 """Moves of running requests between real engines on this machine's CPUs (Markdown):
 
-python -m benchmarks.migration [--rounds 5] [--streams 100]
+python -m benchmarks.migration [--rounds 5] [--streams 100] [--at-the-end]
 
 One prefill and two decode instances of `deploy/specs/cpu.yaml` with a model whose engine has the work, not
 the front end. First one stream at a time: how long it stands still when it moves with so many tokens of
@@ -165,12 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=100)
+    parser.add_argument(
+        "--at-the-end", action="store_true", help="read nothing before a request has ended (transfer.overlap)"
+    )
     parser.add_argument("--size", default="medium", help="of benchmarks.fidelity")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = spec_for(Path(folder), build_model(Path(folder), args.size), args.size)
         raw = yaml.safe_load(path.read_text())
         raw["decode"]["count"] = 2
+        raw["transfer"] = {"overlap": not args.at_the_end}
         path.write_text(yaml.safe_dump(raw))
         with cluster("", str(path)) as running:
             wait_serving(running)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cluster.handle import Follower
 from cluster.latency import Batch, ConstantLatency, LatencyModel
 from cluster.sim_engine import KvGone, SimEngine
 from cluster.sim_options import TwinOptions
@@ -593,5 +594,28 @@ def test_what_would_end_anyway_or_does_not_decode_is_not_handed_over() -> None:
         assert sum(len(one.new_token_ids) for one in seen["a"]) == 5
         assert [one.kv_transfer_params for outputs in seen.values() for one in outputs] == [None] * 8
         assert engine.idle
+
+    run_virtual(main())
+
+
+def test_what_a_request_had_when_it_was_told_to_move_has_moved_meanwhile() -> None:
+    """As far as the links let it: its handle says since when it was read, and what can't have been."""
+
+    async def main() -> None:
+        engine = SimEngine(options_of(), "m", exchange=Exchange())
+        engine.submit(request("a", [100] * 50, 40))
+        tokens, told_s = 0, 0.0
+        handle: Mapping[str, Any] | None = None
+        while handle is None:
+            for output in (await engine.outputs()).outputs:
+                tokens += len(output.new_token_ids)
+                handle = output.kv_transfer_params
+            if tokens == 3 and not told_s:
+                told_s = asyncio.get_running_loop().time()
+                engine.hand_over(HandOver("a", 13, Follower("there", "b")))
+        assert tokens == 13
+        assert handle["chunks_s"] == pytest.approx(asyncio.get_running_loop().time() - told_s, abs=2 * STEP_S)
+        assert handle["last_chunk_share"] == pytest.approx(options_of().block_size / (50 + 12))
+        engine.release(["a"])
 
     run_virtual(main())

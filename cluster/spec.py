@@ -135,6 +135,19 @@ class TransferSpec(Frozen):
     overlap: bool = True
 
 
+class TierSpec(Frozen):
+    """Where KV goes that an engine has no room for any more, and is found again. Off where a spec has none.
+
+    Attributes:
+        host_gib: main memory for it, of each instance, in GiB.
+        directory: where instances keep it for each other: on a file system of all of them, or on one of
+            their node. Nothing is ever removed there.
+    """
+
+    host_gib: PositiveFloat
+    directory: str | None = None
+
+
 class LoraSpec(Frozen):
     """LoRA adapters; how many fit is vLLM's `enable_lora`, `max_loras`, ... in `engine_options`.
 
@@ -159,6 +172,7 @@ class ClusterSpec(Frozen):
         engine_process: `own` runs each engine in a process of its own (production); `thread` runs it inside
             the actor and is ready three times as fast (one rank only).
         engine_options: any vLLM engine option, for both pools and the ingress.
+        tiers: where KV goes that an engine has no room for any more; default: nowhere.
         policy: name of the router's policy (`router.policies`).
         slo: classes of requests.
         batch: offline batches.
@@ -192,6 +206,7 @@ class ClusterSpec(Frozen):
     ingress: IngressSpec = Field(default_factory=IngressSpec)
     deadlines: DeadlineSpec = Field(default_factory=DeadlineSpec)
     transfer: TransferSpec = Field(default_factory=TransferSpec)
+    tiers: TierSpec | None = None
     lora: LoraSpec = Field(default_factory=LoraSpec)
     sim: SimEngineSpec = Field(default_factory=SimEngineSpec)
     policy: str = "goodput"
@@ -234,6 +249,8 @@ class ClusterSpec(Frozen):
         _refuse(self.engine_options, "engine_options")
         if (self.lora.adapters or self.lora.runtime_updates) and not self.engine_options.get("enable_lora"):
             raise ValueError("'lora' needs engine_options: {enable_lora: true}")
+        if self.tiers is not None and self.engine == "sim":
+            raise ValueError("'tiers' with engine 'sim': twins have only their own memory")
         if self.lora.runtime_updates and self.ingress.replicas > 1:
             raise ValueError(
                 "lora.runtime_updates with several ingress replicas: one would not know what another was told"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from cluster.wire import Blocks
 
 logger = logging.getLogger(__name__)
 
+# Places of a block by vLLM's words, which says GPU for an engine's own memory, on a CPU too.
+_OWN = 1
+_PLACES = {None: _OWN, "GPU": _OWN, "CPU": 2}
+_ELSEWHERE = 4
 # Blocks that leave a sliding window say nothing of those that the other layers keep.
 _WHOLE_PROMPT_KINDS = (None, "full_attention", "sink_full_attention", "mla_attention")
 
@@ -57,6 +62,8 @@ class VllmKvEvents:
         self._endpoint = _of_rank(self.config.endpoint.replace("*", "127.0.0.1"), rank)
         self._decoder = msgspec.msgpack.Decoder(vllm_api.KVEventBatch)
         self._names = BlockNames()
+        # Where a block is that can be found by name, a bit for each place.
+        self._places: dict[Any, int] = {}
         self._changes = BlockChanges()
         self._next = 0
         self._context = zmq.asyncio.Context()
@@ -99,17 +106,31 @@ class VllmKvEvents:
         kind = type(event).__name__
         if kind == "AllBlocksCleared":
             self._clear()
-        elif event.medium not in (None, "GPU"):  # vLLM's word for the engine's own memory, on a CPU too
-            return
         elif kind == "BlockRemoved":
-            self._changes.removed(self._names.removed(_keys(event)))
+            self._changes.removed(self._names.removed(self._left(event)))
+        elif (place := _PLACES.get(event.medium, _ELSEWHERE)) != _OWN:
+            for key in _keys(event):
+                if key in self._places:
+                    self._places[key] |= place
         elif event.kv_cache_spec_kind in _WHOLE_PROMPT_KINDS and not _follows_from_more(event):
             before = event.parent_block_hash
             key_before = None if before is None else (event.group_idx, before)
             stored = self._names.stored(_keys(event), key_before, event.token_ids, event.block_size)
             self._changes.stored(stored)
+            for key in _keys(event):
+                self._places[key] = self._places.get(key, 0) | _OWN
+
+    def _left(self, event: Any) -> Iterator[Any]:
+        """Blocks that are nowhere any more."""
+        place = _PLACES.get(event.medium, _ELSEWHERE)
+        for key in _keys(event):
+            if left := self._places.get(key, 0) & ~place:
+                self._places[key] = left
+            elif self._places.pop(key, 0):
+                yield key
 
     def _clear(self) -> None:
+        self._places.clear()
         self._names.clear()
         self._changes.clear()
 

@@ -14,6 +14,8 @@ from cluster.instance import GroupRank, Role
 from cluster.spec import ClusterSpec
 
 CONNECTOR_MODULE = "kv_transfer.vllm_connector"
+TIERED_MODULE = "kv_transfer.tiered_vllm"
+HOST_MEMORY_MODULE = "kv_transfer.host_memory_vllm"
 # Environment of an engine: where it hears how far prompts are computed elsewhere; unset where it shall not.
 NEWS_ADDRESS = "PDSERVE_NEWS_ADDRESS"
 
@@ -52,17 +54,32 @@ def engine_options(
 
 def kv_transfer_config(spec: ClusterSpec) -> dict[str, Any]:
     """vLLM's `kv_transfer_config` for every engine, and for the ingress that reads their statistics."""
-    return {
+    common = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+    transfer = common | {
         "kv_connector": "PdConnector",
         "kv_connector_module_path": CONNECTOR_MODULE,
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
             "kv_lease_duration": spec.transfer.lease_s,
             "transport": spec.transfer.transport,
             # UCX worker threads; on CPUs each would take time from the engines' cores.
             "num_threads": 4 if spec.device == "gpu" else 1,
         },
+    }
+    if spec.tiers is None:
+        return transfer
+    keeping: dict[str, Any] = {
+        "spec_name": "HostMemory",
+        "spec_module_path": HOST_MEMORY_MODULE,
+        "cpu_bytes_to_use": int(spec.tiers.host_gib * 2**30),
+    }
+    if spec.tiers.directory is not None:
+        keeping["spec_name"] = "SharedMemory"
+        keeping["secondary_tiers"] = [{"type": "fs", "root_dir": spec.tiers.directory}]
+    host_memory = common | {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": keeping}
+    return common | {
+        "kv_connector": "TieredConnector",
+        "kv_connector_module_path": TIERED_MODULE,
+        "kv_connector_extra_config": {"connectors": [transfer, host_memory]},
     }
 
 

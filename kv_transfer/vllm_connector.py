@@ -15,7 +15,7 @@ Loaded by vLLM in its engine and worker processes (`kv_connector_module_path`). 
 - the engine's processes end with the process that started them (`cluster.orphan`);
 - on CPUs a request without a LoRA adapter is computed without one (`cluster.vllm_cpu_lora`), pipeline stages
   have a buffer between them (`cluster.vllm_cpu_stages`), and ranks share experts
-  (`cluster.vllm_cpu_experts`).
+  (`cluster.vllm_cpu_experts`); processes sleep between two looks for a message (`cluster.vllm_cpu_waiting`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from cluster.spec import TransportName
 from cluster.vllm_cpu_experts import spread_experts
 from cluster.vllm_cpu_lora import skip_tokens_without_adapter
 from cluster.vllm_cpu_stages import make_buffers_between_stages
+from cluster.vllm_cpu_waiting import sleep_between_looks
 from cluster.vllm_options import NEWS_ADDRESS
 from cluster.wire import GO_ON_PARAM, HAND_OVER_PARAM, RELEASE_PARAM
 from kv_transfer.agent_zmq import ReadAgent
@@ -308,11 +309,14 @@ class PdConnector(NixlPullConnector):  # type: ignore[misc]
         # The stock constructor would build the stock halves; its parent's sets everything but these.
         super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
         end_with_parent()
+        on_cpu = vllm_config.device_config.device_type == "cpu"
+        if on_cpu:
+            sleep_between_looks()
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = PdScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
             calm_progress_thread()
-            if vllm_config.device_config.device_type == "cpu":
+            if on_cpu:
                 make_buffers_between_stages()
                 spread_experts()
                 if vllm_config.lora_config is not None:

@@ -1,7 +1,7 @@
 """Overload: what is kept of a cluster's goodput at three times what it can do, simulated (Markdown).
 
 python -m benchmarks.overload                          # ten minutes of virtual time at each load
-python -m benchmarks.overload --seconds 120 --shadows 40
+python -m benchmarks.overload --loads 3 --seconds 60 --shadows 100   # whether rejections were right
 
 Lengths of the Azure 2023 conversation trace, Poisson arrivals, 32 H100s (as `benchmarks.policies`). And was a
 rejection right? Some of the rejected requests are let in after all, each in a run of its own that is the same
@@ -12,12 +12,14 @@ others more, after how many no more requests are kept in all. Needs the shared t
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from random import Random
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 from benchmarks.latency_data import TRACES
@@ -130,9 +132,10 @@ def check_rejections(world: World, most: int, seed: int) -> Iterator[str]:
             shadows = [call.result() for call in calls]
         missed = sum(not one.is_met for one in shadows)
         useless = sum(one.gained <= 0 for one in shadows)
-        mean = sum(one.gained for one in shadows) / max(1, len(shadows))
+        mean = fmean(gained := [one.gained for one in shadows]) if shadows else 0.0
+        error = stdev(gained) / math.sqrt(len(gained)) if len(shadows) > 1 else math.nan
         yield f"{len(indexes)} of {len(early)} rejected ones {kind}; of {len(chosen)} let in after all"
-        yield f"{missed} missed their SLO, and {useless} had no more kept in all ({mean:+.2f} on average)."
+        yield f"{missed} missed their SLO, and {useless} had no more kept in all ({mean:+.2f} on average, +- {error:.2f})."
 
 
 def main() -> None:
@@ -143,6 +146,9 @@ def main() -> None:
     parser.add_argument("--order", choices=["arrival", "deadline"], default="arrival", help="of prompts")
     parser.add_argument("--classes", choices=["usual", "mixed"], default="usual")
     parser.add_argument("--capacity", type=float, default=1.3, help="requests/s and GPU that are load 1")
+    parser.add_argument(
+        "--loads", type=float, nargs="+", default=LOADS, help="the last one's rejections are checked"
+    )
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--shadows", type=int, default=30, help="rejections of a kind to check")
     parser.add_argument("--seed", type=int, default=0)
@@ -153,7 +159,7 @@ def main() -> None:
     kinds = USUAL if args.classes == "usual" else MIXED
     print("| load | requests | kept | kept/s | rejected | let in and missed | longest TTFT of a bound |")
     print("|---|---|---|---|---|---|---|")
-    for load in LOADS:
+    for load in args.loads:
         requests = poisson(load * args.capacity * GPUS, args.seconds, Random(f"{args.seed}/{load}"))
         classes = assign_slo_classes(requests, kinds, Random(args.seed))
         found, _ = run(spec, requests, classes)
@@ -166,7 +172,7 @@ def main() -> None:
             f"| {len(rejected) / len(found):.1%} | {missed / len(found):.1%} | {late:.2f} |",
             flush=True,
         )
-    print(f"\nAt load {LOADS[-1]:g}:")
+    print(f"\nAt load {args.loads[-1]:g}:")
     for line in check_rejections((spec, requests, classes), args.shadows, args.seed):
         print(line, flush=True)
 

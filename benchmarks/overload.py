@@ -135,7 +135,10 @@ def check_rejections(world: World, most: int, seed: int) -> Iterator[str]:
         mean = fmean(gained := [one.gained for one in shadows]) if shadows else 0.0
         error = stdev(gained) / math.sqrt(len(gained)) if len(shadows) > 1 else math.nan
         yield f"{len(indexes)} of {len(early)} rejected ones {kind}; of {len(chosen)} let in after all"
-        yield f"{missed} missed their SLO, and {useless} had no more kept in all ({mean:+.2f} on average, +- {error:.2f})."
+        yield (
+            f"{missed} missed their SLO, and {useless} had no more kept in all "
+            f"({mean:+.2f} on average, +- {error:.2f})."
+        )
 
 
 def main() -> None:

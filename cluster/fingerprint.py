@@ -6,14 +6,16 @@ import hashlib
 from pathlib import Path
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _HEAD_BYTES = 1 << 16
 
 
 def model_fingerprint(model: str) -> str:
-    """16 hex digits over a checkpoint: its `config.json` and the name, size and head of each weight file.
+    """16 hex digits over a checkpoint: its `config.json` and the name, size, head and samples of each weight
+    file.
 
-    The first 64 KiB of a safetensors file hold its table of tensors. A hub name that is no directory counts
-    as itself.
+    The first 64 KiB of a safetensors file hold its table of tensors; the samples tell a model from another of
+    the same shape, as one that was trained further. A hub name that is no directory counts as itself.
     """
     digest = hashlib.sha256()
     directory = Path(model)
@@ -27,4 +29,7 @@ def model_fingerprint(model: str) -> str:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as weights:
             digest.update(weights.read(_HEAD_BYTES))
+            for sample in range(_SAMPLES):
+                weights.seek(path.stat().st_size * sample // _SAMPLES)
+                digest.update(weights.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]

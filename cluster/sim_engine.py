@@ -325,7 +325,7 @@ class SimEngine:
         self._catch_up(now_s)
         sequence = self._scheduler.hand_over(message.request_id, message.at_tokens)
         if sequence is not None:
-            if message.follower is not None:
+            if message.follower is not None and sequence.limit == message.at_tokens:
                 sequence.followed_s = now_s
             self._has_changed()
 

@@ -12,6 +12,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -141,11 +142,18 @@ class TierSpec(Frozen):
     Attributes:
         host_gib: main memory for it, of each instance, in GiB.
         directory: where instances keep it for each other: on a file system of all of them, or on one of
-            their node. Nothing is ever removed there.
+            their node. Nothing is ever removed there. Adapters must not change under their paths.
     """
 
-    host_gib: PositiveFloat
+    host_gib: PositiveFloat = Field(allow_inf_nan=False)
     directory: str | None = None
+
+    @field_validator("directory")
+    @classmethod
+    def _is_whole(cls, directory: str | None) -> str | None:
+        if directory is not None and not directory.startswith("/"):
+            raise ValueError("give the whole path, from / on: instances run in directories of their own")
+        return directory
 
 
 class LoraSpec(Frozen):
@@ -251,6 +259,13 @@ class ClusterSpec(Frozen):
             raise ValueError("'lora' needs engine_options: {enable_lora: true}")
         if self.tiers is not None and self.engine == "sim":
             raise ValueError("'tiers' with engine 'sim': twins have only their own memory")
+        if self.tiers is not None and self.engine_options.get("enable_prefix_caching") is False:
+            raise ValueError("'tiers' keep what prefix caching finds: it must not be off")
+        if self.tiers is not None and self.tiers.directory and self.lora.runtime_updates:
+            raise ValueError(
+                "tiers.directory with lora.runtime_updates: KV of an adapter would be found after another "
+                "has taken its name and path"
+            )
         if self.lora.runtime_updates and self.ingress.replicas > 1:
             raise ValueError(
                 "lora.runtime_updates with several ingress replicas: one would not know what another was told"

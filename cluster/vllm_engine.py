@@ -143,6 +143,11 @@ class VllmEngine:
     def _tell_connector(self, param: str, news: list[Any]) -> None:
         raise NotImplementedError
 
+    def _is_called(self, method: str, args: list[Any]) -> None:
+        # Its second argument empties what is behind the engine's memory as well, of which vLLM tells nobody.
+        if method == "reset_prefix_cache" and any(args[1:2]):
+            self._events.host_is_empty()
+
     async def block_changes(self) -> Blocks:
         return await self._events.changes()
 
@@ -241,7 +246,9 @@ class ThreadEngine(VllmEngine):
                 loop.call_soon_threadsafe(answer.set_result, result)
 
         self._inbox.put(run)
-        return await answer
+        result = await answer
+        self._is_called(method, args)
+        return result
 
     async def outputs(self) -> Any:
         while True:
@@ -344,7 +351,9 @@ class ProcessEngine(VllmEngine):
         self._send(self._client.add_request_async(connector_message(param, news)))
 
     async def call(self, method: str, args: list[Any]) -> Any:
-        return await self._client.call_utility_async(method, *args)
+        result = await self._client.call_utility_async(method, *args)
+        self._is_called(method, args)
+        return result
 
     async def outputs(self) -> Any:
         while True:

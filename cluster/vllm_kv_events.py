@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,13 @@ class VllmKvEvents:
     def _apply(self, event: Any) -> None:
         kind = type(event).__name__
         if kind == "AllBlocksCleared":
-            self._clear()
+            self._changes.removed(self._names.removed(self._gone(list(self._places), _OWN)))
         elif kind == "BlockRemoved":
             self._changes.removed(self._names.removed(self._left(event)))
         elif (place := _PLACES.get(event.medium, _ELSEWHERE)) != _OWN:
+            # What comes from another instance's files is there before it is in the engine, and named.
             for key in _keys(event):
-                if key in self._places:
-                    self._places[key] |= place
+                self._places[key] = self._places.get(key, 0) | place
         elif event.kv_cache_spec_kind in _WHOLE_PROMPT_KINDS and not _follows_from_more(event):
             before = event.parent_block_hash
             key_before = None if before is None else (event.group_idx, before)
@@ -120,10 +120,16 @@ class VllmKvEvents:
             for key in _keys(event):
                 self._places[key] = self._places.get(key, 0) | _OWN
 
+    def host_is_empty(self) -> None:
+        """Nothing is left but in the engine's own memory."""
+        self._changes.removed(self._names.removed(self._gone(list(self._places), ~_OWN)))
+
     def _left(self, event: Any) -> Iterator[Any]:
         """Blocks that are nowhere any more."""
-        place = _PLACES.get(event.medium, _ELSEWHERE)
-        for key in _keys(event):
+        return self._gone(_keys(event), _PLACES.get(event.medium, _ELSEWHERE))
+
+    def _gone(self, keys: Iterable[Any], place: int) -> Iterator[Any]:
+        for key in keys:
             if left := self._places.get(key, 0) & ~place:
                 self._places[key] = left
             elif self._places.pop(key, 0):

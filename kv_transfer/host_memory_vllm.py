@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import vllm_api
+from cluster.errors import EnvironmentProblem
+from cluster.fingerprint import model_fingerprint
 
 TransferResult: Any = vllm_api.TransferResult
 OffloadingWorker: Any = vllm_api.OffloadingWorker
@@ -87,8 +89,20 @@ def _on_cpu(kv_caches: Any) -> bool:
     return all(cache.tensor.device.type == "cpu" for cache in kv_caches.tensors)
 
 
+def _require_room(spec: Any) -> None:
+    if spec.num_chunks < 1:
+        raise EnvironmentProblem(
+            problem=f"tiers.host_gib has no room for a block of {spec.kv_bytes_per_chunk:,} bytes",
+            remedy="give it more, or leave tiers out",
+        )
+
+
 class HostMemory(CPUOffloadingSpec):  # type: ignore[misc]
     """An instance's own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        _require_room(self)
 
     def get_worker(self, kv_caches: Any) -> Any:
         if not _on_cpu(kv_caches):
@@ -101,7 +115,22 @@ class HostMemory(CPUOffloadingSpec):  # type: ignore[misc]
 
 
 class SharedMemory(TieringOffloadingSpec):  # type: ignore[misc]
-    """An instance's own, and behind it a directory of all."""
+    """An instance's own, and behind it a directory of all, where each model has a folder: vLLM's names of
+    files know where its weights are, and not which."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        _require_room(self)
+        for tier in self.secondary_tier_configs:
+            folder = Path(tier["root_dir"]) / model_fingerprint(config.model.name)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise EnvironmentProblem(
+                    problem=f"tiers.directory can't be written to: {error}",
+                    remedy="mount it on every node, writable by the engines",
+                ) from error
+            tier["root_dir"] = str(folder)
 
     def get_manager(self) -> Any:
         manager = super().get_manager()

@@ -32,6 +32,16 @@ class TieredConnector(MultiConnector):  # type: ignore[misc]
                 return found
         return 0, False
 
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if num_external_tokens:
+            # KV is written to them before the request is scheduled, and only then would offloading notice
+            # that they are another's now, and finish what it still copies from them.
+            host_memory = self._connectors[-1].connector_scheduler
+            host_memory._current_batch_allocated_block_ids.update(
+                block.block_id for group in blocks.blocks for block in group if not block.is_null
+            )
+
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
         # The stock one finds only connectors that are vLLM's own by their names.

@@ -55,7 +55,7 @@ class Claim:
         self._fleet: Fleet[Any] = fleet
         places = (decision.prefill, decision.decode) if lone is None else (lone,)
         self._holds = [fleet.reservations.hold(instance_id, tokens) for instance_id in places]
-        self._coming: Hold | None = None
+        self._coming: list[Hold | AdapterHold] = []
         self._adapters: list[AdapterHold | None] = []
         if request.adapter:
             views = map(fleet.view_of, places)
@@ -105,13 +105,18 @@ class Claim:
             self._predictor.decoded(self._decode.info.role, requests, seconds / tokens)
 
     def moving(self, instance_id: str, tokens: int) -> None:
-        """It will decode at another instance, where it has room for so many tokens from now on."""
-        self._coming = self._fleet.reservations.hold(instance_id, tokens)
+        """It will decode at another instance, where it has room for so many tokens, and its adapter a place,
+        from now on."""
+        self.stays()
+        self._coming = [self._fleet.reservations.hold(instance_id, tokens)]
+        view = self._fleet.view_of(instance_id)
+        if self._adapters and view is not None:
+            self._coming.append(view.adapters.hold(self._request.adapter))
 
     def moved(self, instance_id: str, tokens: int, generated: int) -> None:
         """It decodes at another instance from now on, with so many tokens, `generated` of them by itself."""
         self._holds[-1].release()
-        self._stays()
+        self.stays()
         self._holds[-1] = self._fleet.reservations.hold(instance_id, tokens)
         view = self._fleet.view_of(instance_id)
         if self._adapters:
@@ -129,7 +134,7 @@ class Claim:
 
     def close(self, now_s: float) -> None:
         """Give back what is left; any number of times."""
-        self._stays()
+        self.stays()
         for hold in self._holds:
             hold.release()
         for adapter in self._adapters:
@@ -140,11 +145,11 @@ class Claim:
             self._decode.decodes.remove(self._name)
             self._decode = None
 
-    def _stays(self) -> None:
+    def stays(self) -> None:
         """It moves nowhere, or is there."""
-        if self._coming is not None:
-            self._coming.release()
-            self._coming = None
+        for hold in self._coming:
+            hold.release()
+        self._coming = []
 
     def _leave_queue(self, now_s: float, *, is_served: bool) -> None:
         instance, self._prefill = self._prefill, None

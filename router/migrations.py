@@ -56,7 +56,7 @@ class Migrations:
         self._for_tpot = rebalance == "all"
         # Instances that go, and when those are looked for that have begun to decode there since.
         self._emptying: set[str] = set()
-        self._empty_s = -math.inf
+        self._empty_s = self._moves_s = -math.inf
         self._look_s = -math.inf if predictor is not None and rebalance != "off" else math.inf
 
     def begin(self, request_id: str, instance_id: str, cause: str = "asked") -> bool:
@@ -81,7 +81,7 @@ class Migrations:
         here, facts = self._fleet.view_of(run.decodes_at), target.info.facts
         if here is None or facts is None:
             return 0.0
-        tokens = len(run.request.prompt_token_ids) + len(run.generated)
+        tokens = run.tokens
         link = link_between(here, target.view)
         seconds = tokens * facts.kv_bytes_per_token / BYTES_PER_S[link]
         if self._predictor is not None:
@@ -90,6 +90,11 @@ class Migrations:
 
     def look(self, now_s: float) -> None:
         """Rebalance, and empty what is to be empty, unless it was looked at a moment ago."""
+        if now_s >= self._moves_s:
+            self._moves_s = now_s + EVERY_S
+            for run in self._runs.values():
+                if run.moves_to:
+                    run.stay()
         if self._emptying and now_s >= self._empty_s:
             self._empty_s = now_s + EVERY_S
             self._emptying = {one for one in self._emptying if self._drains(one)}
@@ -109,8 +114,11 @@ class Migrations:
 
     def _move_all(self, instance_id: str) -> None:
         promised: dict[str, int] = {}
+        for run in self._runs.values():
+            if run.moves_to:
+                promised[run.moves_to] = promised.get(run.moves_to, 0) + run.tokens
         for run in self._decoding().get(instance_id, []):
-            tokens = len(run.request.prompt_token_ids) + len(run.generated)
+            tokens = run.tokens
             for target in self._fleet.by_tokens(Role.DECODE):
                 more = promised.get(target.instance_id, 0) + tokens
                 if target.instance_id != instance_id and target.has_room(more):

@@ -15,6 +15,8 @@ from router.hop import Hop
 # Seconds and tokens that pass until both engines have heard of a move; and the most tokens that one is put
 # off for: what has not been read by then is waited for.
 TOLD_S, LEAST, MOST = 0.03, 2, 256
+# One that has so many more than it should have ended with is not going to be ended.
+LATE = 8
 
 
 def tokens_ahead(copy_s: float, token_s: float, left: int) -> int:
@@ -43,11 +45,15 @@ class ReadAhead:
         self._opened.enter_context(opening)
         self._reader, self._generated = reader, generated
 
-    def take(self, generated: int, opened: ExitStack) -> Hop | None:
-        """The hop, which is open until `opened` is closed; None, and it is closed, where the request was not
-        ended with the tokens that it expects."""
+    def take(self, generated: int, held: int, opened: ExitStack) -> Hop | None:
+        """The hop, which is open until `opened` is closed; None, and it is closed, where it has failed, or
+        the request was not ended with the tokens that it expects.
+
+        Args:
+            held: tokens whose KV its source keeps; one that guesses tokens may have computed more.
+        """
         reader, self._reader = self._reader, None
-        if reader is None or generated != self._generated:
+        if reader is None or reader.has_ended or (generated, held) != (self._generated, reader.follows):
             self.close()
             return None
         opened.push(self._opened.pop_all())

@@ -328,6 +328,14 @@ class Router:
         if (member := self.fleet.get(hop.instance_id)) is not None:
             member.link.hand_over(HandOver(hop.hop_id, at_tokens, hop.follower))
 
+    def target(self, wanted: str, source: str) -> str:
+        """Where a request goes on that an instance has handed over: where it was to go, or, if that one is
+        gone, at the decode instance with the least to do."""
+        if wanted in self.fleet:
+            return wanted
+        others = (view.instance_id for view in self.fleet.by_tokens(Role.DECODE))
+        return next((name for name in others if name != source), wanted)
+
     def news_address(self, source: Hop, instance_id: str) -> str:
         """Where an instance hears how far a hop elsewhere is; empty where it shall be told only of its end:
         of a prompt that is computed at once there is no news before."""

@@ -21,7 +21,7 @@ from router.hop import Hop, HopKind
 from router.offers import Offers
 from router.policy import Decision
 from router.predictor import Prediction
-from router.read_ahead import ReadAhead, tokens_ahead
+from router.read_ahead import LATE, ReadAhead, tokens_ahead
 from router.rebalance import LEAST_LEFT, Progress
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# With fewer tokens it says little how long they took.
+LEAST_TOKENS = 4
 # A move can cure these; anything else would happen again elsewhere.
 _CURABLE = (InstanceLost, StageTimeout, EngineFailure)
 
@@ -58,6 +60,8 @@ class Run:
         self._offers = Offers(request, router.deadlines.prefill_s, now_s)
         self._decoding: Hop | None = None
         self._next = ""
+        self._is_moving = False
+        self._ends_at = 0
         self._ahead = ReadAhead()
         self.task: asyncio.Task[None]
         self._decision: Decision
@@ -113,11 +117,16 @@ class Run:
     def can_move(self) -> bool:
         """Whether it decodes and could go on at another instance, its KV handed over."""
         hop = self._decoding
-        if hop is None or hop.hands_over or not hop.has_started or hop.has_ended:
+        if hop is None or self._is_moving or not hop.has_started or hop.has_ended:
             return False
         # One token comes before it goes, and one must be left.
         left = self.request.max_tokens - len(self.generated)
         return self.request.handoff is Handoff.TOKENS and left > 2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are there of it, in all."""
+        return len(self.request.prompt_token_ids) + len(self.generated)
 
     def move(self, instance_id: str, copy_s: float = 0.0) -> None:
         """Let it go on at another instance; only where it `can_move`.
@@ -130,14 +139,14 @@ class Run:
         """
         source = self._decoding
         assert source is not None
-        self._next = instance_id
-        tokens = len(self.request.prompt_token_ids) + len(self.generated)
+        self._next, self._is_moving = instance_id, True
+        tokens = self.tokens
         self._claim.moving(instance_id, tokens)
         source.hands_over = True
-        at_tokens = 0
+        at_tokens, self._ends_at = 0, len(self.generated) + 1
         if news_address := self._router.news_address(source, instance_id):
             done = len(self.generated)
-            token_s = (self._now() - (self.timeline.first_token_s or 0.0)) / done
+            token_s = self._token_s()
             # What comes in steps of several tokens is behind what is there.
             unseen_s = self._now() - source.progress_s
             more = tokens_ahead(copy_s + unseen_s, token_s, self.request.max_tokens - done)
@@ -148,13 +157,28 @@ class Run:
             except ServingError:  # the other one was lost this moment: known when it is to go there
                 source.follower = None
             else:
-                at_tokens = tokens + more - len(source.prompt_token_ids)
+                at_tokens, self._ends_at = tokens + more - len(source.prompt_token_ids), done + more
         self._router.hand_over(source, at_tokens)
+
+    def stay(self) -> None:
+        """It was told to move so long ago that its engine can't have heard: nobody waits for it elsewhere any
+        more, and it may be told again."""
+        if len(self.generated) > self._ends_at + LATE:
+            self._ahead.close()
+            self._claim.stays()
+            self._is_moving = False
+
+    def _token_s(self) -> float:
+        """Between two of its tokens; 0 where that is not known."""
+        first_s, since = self.timeline.first_token_s, len(self.generated) - 1
+        if first_s is None or since < LEAST_TOKENS:
+            return self.predicted.tpot_s if self.predicted is not None else 0.0
+        return (self._now() - first_s) / since
 
     @property
     def moves_to(self) -> str:
         """Where it was asked to go, until it is there; empty for nowhere."""
-        return self._next
+        return self._next if self._is_moving else ""
 
     @property
     def decodes_at(self) -> str:
@@ -228,7 +252,7 @@ class Run:
 
     async def _attempt(self, decision: Decision) -> None:
         lone = self._lone_engine(decision)
-        self._next = ""
+        self._next, self._is_moving = "", False
         if lone is None:
             await self._split(decision)
         else:
@@ -291,15 +315,17 @@ class Run:
             try:
                 if source.is_last:  # it ended just when it was told to hand over
                     return
-                tokens = len(self.request.prompt_token_ids) + len(self.generated)
-                self._claim.moved(self._next, tokens, len(self.generated))
+                self._next = self._router.target(self._next, source.instance_id)
+                self._is_moving = False
+                self._claim.moved(self._next, self.tokens, len(self.generated))
                 with ExitStack() as opened:
-                    if (decode := self._ahead.take(len(self.generated), opened)) is not None:
-                        self._router.go_on(decode, source.handle)
+                    handle = source.handle
+                    if (decode := self._ahead.take(len(self.generated), handle.tokens, opened)) is not None:
+                        self._router.go_on(decode, handle)
                     else:
                         decode = self._hop(self._next, HopKind.DECODE, source=source)
                         opened.enter_context(self._router.open(decode))
-                    await self._decode(decode, source.handle)
+                    await self._decode(decode, handle)
             finally:
                 self._let_go(source, decode)
             source = decode

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from random import Random
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -14,8 +17,8 @@ from cluster.errors import ServingError
 from cluster.instance import InstanceState
 from cluster.request import Handoff
 from router import read_ahead
-from router.hop import HopKind
-from router.read_ahead import tokens_ahead
+from router.hop import Hop, HopKind
+from router.read_ahead import ReadAhead, tokens_ahead
 from tests.twins import TwinCluster, expected_tokens, until
 
 PROMPT = list(range(200, 240))
@@ -271,3 +274,64 @@ async def test_nobody_moves_to_an_instance_that_drains() -> None:
     cluster.router.update(replace(cluster.instances[there].info, state=InstanceState.DRAINING))
     assert not cluster.router.migrations.begin("a", there)
     await cluster.settle()
+
+
+async def test_a_move_that_its_engine_does_not_hear_of_holds_nothing_and_may_be_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("router.migrations.EVERY_S", 0.0)
+    cluster = TwinCluster(*PLACES, chunk=1000)
+    here = await running(cluster, "a", 3000)
+    there = next(name for name in ("decode-0", "decode-1") if name != here)
+    run, migrations = cluster.router._runs["a"], cluster.router.migrations
+    cluster.instances[here].deaf = True
+    assert migrations.begin("a", there)
+    assert run.moves_to == there
+    assert not migrations.begin("a", there), "it is moving"
+    await until(lambda: not run.moves_to)
+    assert not cluster.instances[there].following
+    assert cluster.router.reservations.tokens(there) == 0
+    cluster.instances[here].deaf = False
+    assert migrations.begin("a", there)
+    await until(lambda: run.decodes_at == there)
+    await cluster.settle()
+    assert cluster.tokens["a"] == expected_tokens(PROMPT, 3000)
+    assert not cluster.errors
+    cluster.assert_nothing_held()
+
+
+async def test_a_target_that_is_lost_while_it_reads_ahead_costs_no_recomputation() -> None:
+    cluster = TwinCluster(*PLACES, "decode-2", chunk=1000)
+    here = await running(cluster, "a", 2000)
+    there, other = (name for name in ("decode-0", "decode-1", "decode-2") if name != here)
+    assert cluster.router.migrations.begin("a", there)
+    cluster.instances[there].kill()
+    run = cluster.router._runs["a"]
+    await until(lambda: run.decodes_at == other)
+    await cluster.settle()
+    assert cluster.tokens["a"] == expected_tokens(PROMPT, 2000)
+    assert [hop.kind for twin in cluster.instances.values() for hop in twin.sent].count(HopKind.PREFILL) == 1
+    assert not cluster.errors
+    cluster.assert_nothing_held()
+
+
+@pytest.mark.parametrize(
+    ("generated", "held", "has_ended"), [(7, 20, False), (8, 20, False), (7, 21, False), (7, 20, True)]
+)
+def test_who_has_read_ahead_goes_on_only_with_what_was_expected(
+    generated: int, held: int, has_ended: bool
+) -> None:
+    """As many tokens, and KV of as many: an engine that guesses tokens may have computed more."""
+    ahead, closed, reader = ReadAhead(), [], SimpleNamespace(follows=20, has_ended=has_ended)
+
+    @contextmanager
+    def opening() -> Iterator[None]:
+        yield
+        closed.append(1)
+
+    ahead.begin(cast(Hop, reader), opening(), 7)
+    with ExitStack() as opened:
+        fits = (generated, held, has_ended) == (7, 20, False)
+        assert ahead.take(generated, held, opened) is (reader if fits else None)
+        assert closed == ([] if fits else [1])
+    assert closed == [1]

@@ -112,3 +112,29 @@ def test_instances_that_compute_together_are_a_group() -> None:
     assert spec.groups() == [
         ("prefill-0",), ("prefill-1",), ("decode-0", "decode-1"), ("decode-2", "decode-3")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tiers": {"host_gib": 0}}, "greater than 0"),
+        ({"tiers": {"host_gib": float("inf")}}, "finite"),
+        ({"tiers": {"host_gib": 1, "directory": "kept"}}, "give the whole path"),
+        ({"tiers": {"host_gib": 1}, "engine": "sim"}, "twins have only their own memory"),
+        (
+            {"tiers": {"host_gib": 1}, "engine_options": {"enable_prefix_caching": False}},
+            "prefix caching",
+        ),
+        (
+            {
+                "tiers": {"host_gib": 1, "directory": "/kept"},
+                "lora": {"runtime_updates": True},
+                "engine_options": {"enable_lora": True},
+            },
+            "an adapter",
+        ),
+    ],
+)
+def test_tiers_that_can_not_be_are_refused(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse_spec({"model": "m", **keys})

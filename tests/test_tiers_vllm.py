@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from cluster.handle import keep_for_reader
 from cluster.prefix_hash import chain_hashes
 from deploy.tiny_model_torch import build_tiny_model
+from kv_transfer.tiered_vllm import TieredConnector
 from tests.test_engines_vllm import BLOCK, Process, check_release, pair
 from tests.test_overlap_vllm import OPTIONS, quiet
 from tests.test_transports_vllm import check_many
@@ -90,3 +92,25 @@ async def test_what_one_instance_has_kept_another_one_finds(tmp_path: Path) -> N
         await check_kept(decode)
         await quiet(prefill, decode)
     assert left_in_shared_memory() == []
+
+
+def test_blocks_that_others_will_write_to_are_told_to_who_copies_from_them() -> None:
+    """KV of another instance is written before its reader is scheduled."""
+    noted: set[int] = set()
+    asked: list[int] = []
+
+    def alloc(_request: Any, _blocks: Any, tokens: int) -> None:
+        asked.append(tokens)
+
+    half = SimpleNamespace(_current_batch_allocated_block_ids=noted)
+    connector = TieredConnector.__new__(TieredConnector)
+    connector._connectors = [
+        SimpleNamespace(update_state_after_alloc=alloc),
+        SimpleNamespace(update_state_after_alloc=alloc, connector_scheduler=half),
+    ]
+    connector._requests_to_connector = {"a": 0}
+    group = [SimpleNamespace(block_id=n, is_null=n == 0) for n in (0, 4, 7)]
+    blocks = SimpleNamespace(blocks=(group,))
+    connector.update_state_after_alloc(SimpleNamespace(request_id="a"), blocks, 300)
+    assert asked == [300, 0]
+    assert noted == {4, 7}

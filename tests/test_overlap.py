@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cluster.handle import FOLLOWER_PARAM, FOLLOWS_PARAM
+from cluster.handle import FOLLOWER_PARAM, FOLLOWS_PARAM, follow
 from cluster.request import Handoff
 from router.hop import HopKind
 from tests.twins import TwinCluster, expected_tokens, until
@@ -24,7 +24,7 @@ async def test_the_tokens_are_those_of_one_engine(handoff: Handoff) -> None:
     (hop,) = decode.sent
     assert hop.kind is HopKind.DECODE
     assert hop.follows == len(PROMPT) - (handoff is Handoff.KV_ONLY)
-    assert hop.kv_params == {FOLLOWS_PARAM: True, "remote_num_tokens": hop.follows}
+    assert hop.kv_params == follow(hop.follows)
     await until(lambda: prefill.sent)
     assert prefill.sent[0].kv_params[FOLLOWER_PARAM] == ("twin", hop.hop_id)
     assert FOLLOWS_PARAM not in prefill.sent[0].kv_params

@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
+# Of all files, and of each at least: a large model has hundreds, on a file system that is far away.
+_SAMPLES, _LEAST_SAMPLES, _SAMPLE_BYTES = 256, 2, 4096
 _HEAD_BYTES = 1 << 16
 
 
@@ -25,11 +26,13 @@ def model_fingerprint(model: str) -> str:
     config = directory / "config.json"
     if config.is_file():
         digest.update(config.read_bytes())
-    for path in sorted(p for p in directory.iterdir() if p.suffix in _WEIGHTS):
+    files = sorted(p for p in directory.iterdir() if p.suffix in _WEIGHTS)
+    samples = max(_LEAST_SAMPLES, _SAMPLES // max(1, len(files)))
+    for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as weights:
             digest.update(weights.read(_HEAD_BYTES))
-            for sample in range(_SAMPLES):
-                weights.seek(path.stat().st_size * sample // _SAMPLES)
+            for sample in range(samples):
+                weights.seek(path.stat().st_size * sample // samples)
                 digest.update(weights.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]

@@ -143,7 +143,7 @@ class VllmEngine:
     def _tell_connector(self, param: str, news: list[Any]) -> None:
         raise NotImplementedError
 
-    def _is_called(self, method: str, args: list[Any]) -> None:
+    def _was_called(self, method: str, args: list[Any]) -> None:
         # Its second argument empties what is behind the engine's memory as well, of which vLLM tells nobody.
         if method == "reset_prefix_cache" and any(args[1:2]):
             self._events.host_is_empty()
@@ -247,7 +247,7 @@ class ThreadEngine(VllmEngine):
 
         self._inbox.put(run)
         result = await answer
-        self._is_called(method, args)
+        self._was_called(method, args)
         return result
 
     async def outputs(self) -> Any:
@@ -352,7 +352,7 @@ class ProcessEngine(VllmEngine):
 
     async def call(self, method: str, args: list[Any]) -> Any:
         result = await self._client.call_utility_async(method, *args)
-        self._is_called(method, args)
+        self._was_called(method, args)
         return result
 
     async def outputs(self) -> Any:

@@ -118,21 +118,16 @@ class SharedMemory(TieringOffloadingSpec):  # type: ignore[misc]
     """An instance's own, and behind it a directory of all, where each model has a folder: vLLM's names of
     files know where its weights are, and not which."""
 
+    secondary_tier_configs: list[dict[str, Any]]
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         _require_room(self)
-        for tier in self.secondary_tier_configs:
-            folder = Path(tier["root_dir"]) / model_fingerprint(config.model.name)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise EnvironmentProblem(
-                    problem=f"tiers.directory can't be written to: {error}",
-                    remedy="mount it on every node, writable by the engines",
-                ) from error
-            tier["root_dir"] = str(folder)
 
     def get_manager(self) -> Any:
+        if self._manager is None:
+            # Here and not in each rank, which knows nothing of the directory.
+            self.secondary_tier_configs = [self._of_model(tier) for tier in self.secondary_tier_configs]
         manager = super().get_manager()
         region = self._scheduler_mmap
         if region is not None and not region._creator:
@@ -151,6 +146,17 @@ class SharedMemory(TieringOffloadingSpec):  # type: ignore[misc]
             cpu_page_size=self.cpu_page_size_per_worker,
         )
         return _InRegion(kv_caches, self.blocks_per_chunk, region)
+
+    def _of_model(self, tier: dict[str, Any]) -> dict[str, Any]:
+        folder = Path(tier["root_dir"]) / model_fingerprint(self.config.model.name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EnvironmentProblem(
+                problem=f"tiers.directory can't be written to: {error}",
+                remedy="mount it on every node, writable by the engines",
+            ) from error
+        return tier | {"root_dir": str(folder)}
 
 
 class _InRegion(ThreadCopies):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cluster.fingerprint import model_fingerprint
 from cluster.handle import keep_for_reader
 from cluster.prefix_hash import chain_hashes
 from deploy.tiny_model_torch import build_tiny_model
@@ -32,6 +33,14 @@ WHOLE = 5 * BLOCK
 def prompts(seed: int, count: int) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(100, 4000) for _ in range(WHOLE + 30)] for _ in range(count)]
+
+
+def kept_for(directory: Path) -> set[str]:
+    """The models of which blocks are kept: none is a folder in another one's."""
+    folders = [str(path.relative_to(directory)).split("/") for path in directory.rglob("*.bin")]
+    fingerprint = folders[0][0]
+    assert all(folder.count(fingerprint) == 1 for folder in folders)
+    return {folder[0] for folder in folders}
 
 
 def left_in_shared_memory() -> list[Path]:
@@ -80,7 +89,8 @@ async def test_what_one_instance_has_kept_another_one_finds(tmp_path: Path) -> N
         "engine_options": SMALL,
         "tiers": {"host_gib": 0.125, "directory": str(directory)},
     }
-    async with pair(build_tiny_model(tmp_path / "tiny"), "own", overrides) as (prefill, decode):
+    model = build_tiny_model(tmp_path / "tiny")
+    async with pair(model, "own", overrides) as (prefill, decode):
         (prompt,) = prompts(2, 1)
         first, _, _ = await prefill.generate("here", prompt, 8)
         async with asyncio.timeout(20):
@@ -89,6 +99,7 @@ async def test_what_one_instance_has_kept_another_one_finds(tmp_path: Path) -> N
         tokens, _, stats = await decode.generate("there", prompt, 8)
         assert tokens == first
         assert stats.num_external_cached_tokens == WHOLE
+        assert kept_for(directory) == {model_fingerprint(str(model))}
         await check_kept(decode)
         await quiet(prefill, decode)
     assert left_in_shared_memory() == []
